@@ -1,0 +1,1 @@
+"""The gateway: routes, wire schemas, problems and authentication. Never imports torch."""

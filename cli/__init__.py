@@ -1,0 +1,1 @@
+"""The ``forgetd`` command and the Python client."""

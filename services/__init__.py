@@ -1,0 +1,1 @@
+"""What gateway, control loop and worker share. Never imports torch."""

@@ -1,0 +1,178 @@
+"""The tree of refusals: each leaf is one RFC 9457 problem, and its docstring is its title.
+
+ForgetdError
+├── NotFound            404  unknown-resource
+├── Unauthenticated     401  missing-key, wrong-key
+├── Conflict            409  checkpoint-not-ready, result-not-available, ...
+├── Unprocessable       422  invalid-request and what is wrong with content
+├── TooLarge            413
+└── Unavailable         503  a server behind us does not answer
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "CheckpointNotReady",
+    "Conflict",
+    "DigestMismatch",
+    "EmptyUpload",
+    "ForgetdError",
+    "IdempotencyKeyReused",
+    "ImageRefused",
+    "ImageSetErased",
+    "InvalidRequest",
+    "MissingKey",
+    "NotFound",
+    "ResultNotAvailable",
+    "ResultWithheld",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "Unprocessable",
+    "WrongKey",
+]
+
+
+class ForgetdError(Exception):
+    """Something went wrong that the caller can read about."""
+
+    status: ClassVar[int] = 500
+    slug: ClassVar[str] = "internal"
+    headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+
+    @property
+    def type_uri(self) -> str:
+        """The stable URI of this kind of problem."""
+        return f"urn:forgetd:problem:{self.slug}"
+
+    @property
+    def title(self) -> str:
+        """The first line of the class's docstring."""
+        return (type(self).__doc__ or "").strip().splitlines()[0]
+
+    def problem(self) -> dict[str, Any]:
+        """The RFC 9457 members, extension members included."""
+        return {
+            "type": self.type_uri,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.members,
+        }
+
+
+class Unauthenticated(ForgetdError):
+    """This call needs an API key."""
+
+    status = 401
+    slug = "unauthenticated"
+    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class MissingKey(Unauthenticated):
+    """No API key was sent."""
+
+    slug = "missing-key"
+
+
+class WrongKey(Unauthenticated):
+    """The API key is unknown, revoked or expired."""
+
+    slug = "wrong-key"
+
+
+class NotFound(ForgetdError):
+    """Nothing of that name is yours."""
+
+    status = 404
+    slug = "not-found"
+
+
+class Conflict(ForgetdError):
+    """The resource is in a state that does not allow this."""
+
+    status = 409
+    slug = "conflict"
+
+
+class CheckpointNotReady(Conflict):
+    """The checkpoint has not passed validation."""
+
+    slug = "checkpoint-not-ready"
+
+
+class ImageSetErased(Conflict):
+    """The images of this set have been erased."""
+
+    slug = "image-set-erased"
+
+
+class ResultNotAvailable(Conflict):
+    """The job has not produced this."""
+
+    slug = "result-not-available"
+
+
+class ResultWithheld(Conflict):
+    """The weights are withheld because the job's criteria were not met."""
+
+    slug = "result-withheld"
+
+
+class TooLarge(ForgetdError):
+    """The body is larger than this service accepts."""
+
+    status = 413
+    slug = "too-large"
+
+
+class Unprocessable(ForgetdError):
+    """The content cannot be used."""
+
+    status = 422
+    slug = "unprocessable"
+
+
+class InvalidRequest(Unprocessable):
+    """The request does not have the expected form."""
+
+    slug = "invalid-request"
+
+
+class EmptyUpload(Unprocessable):
+    """The upload is empty."""
+
+    slug = "empty-upload"
+
+
+class DigestMismatch(Unprocessable):
+    """The bytes received are not the bytes announced."""
+
+    slug = "digest-mismatch"
+
+
+class ImageRefused(Unprocessable):
+    """An image was refused."""
+
+    slug = "image-refused"
+
+
+class IdempotencyKeyReused(Unprocessable):
+    """This Idempotency-Key was used for a different request."""
+
+    slug = "idempotency-key-reused"
+
+
+class Unavailable(ForgetdError):
+    """A server that forgetd depends on does not answer."""
+
+    status = 503
+    slug = "unavailable"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "5"}

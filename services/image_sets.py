@@ -1,0 +1,112 @@
+"""Image sets: decoded at the door, kept for a day at most, erased with the job that needed them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from services import audit, object_keys
+from services.errors import ImageSetErased, NotFound
+from services.storage import ObjectStorage
+from services.tables import ImageSet, Job
+from services.tenancy import Caller
+
+__all__ = ["erasable", "erase", "get", "live", "register"]
+
+OPEN = ("queued", "running", "cancelling")
+
+
+def register(
+    session: Session, caller: Caller, image_set_id: str, *, images: list[dict[str, Any]], hours: float
+) -> ImageSet:
+    """Record a set whose images are in the store: ``[{index, width, height, mode, bytes, sha256}]``."""
+    row = ImageSet(
+        id=image_set_id,
+        tenant_id=caller.tenant_id,
+        count=len(images),
+        total_bytes=sum(image["bytes"] for image in images),
+        images=images,
+        expires_at=func.now() + timedelta(hours=hours),
+    )
+    session.add(row)
+    session.flush()
+    audit.record(session, caller.tenant_id, actor=caller.key_id, action="image_set.uploaded", subject=row.id)
+    session.refresh(row)
+    return row
+
+
+def get(session: Session, tenant_id: str, image_set_id: str) -> ImageSet:
+    """A caller's image set; raises ``NotFound``."""
+    row = session.scalar(select(ImageSet).where(ImageSet.tenant_id == tenant_id, ImageSet.id == image_set_id))
+    if row is None:
+        raise NotFound(f"There is no image set {image_set_id}. Upload one: POST /image-sets.")
+    return row
+
+
+def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -> ImageSet:
+    """A set whose images are still there, locked against erasure until the transaction ends."""
+    query = select(ImageSet).where(ImageSet.tenant_id == tenant_id, ImageSet.id == image_set_id)
+    row = session.scalar(query.with_for_update(read=True))
+    if row is None:
+        raise NotFound(
+            f"There is no image set {image_set_id}. Upload one: POST /image-sets.",
+            errors=[{"pointer": pointer, "detail": "unknown image set"}],
+        )
+    if row.erased_at is not None:
+        raise ImageSetErased(
+            f"The images of {image_set_id} were erased after use or after a day; upload them again.",
+            errors=[{"pointer": pointer, "detail": "erased image set"}],
+        )
+    return row
+
+
+def erasable(session: Session, *, limit: int = 20) -> list[ImageSet]:
+    """Sets whose images must go: past their cap, or the target of a job that ended. Locked.
+
+    A set that an open job still reads stays until that job ends or the cap is reached.
+    """
+    target = Job.request["target"]["images"].astext
+    used = select(target).where(Job.kind == "forget", Job.tenant_id == ImageSet.tenant_id, target == ImageSet.id)
+    ended = used.where(Job.finished_at.is_not(None)).exists()
+    still_read = (
+        select(Job.id)
+        .where(
+            Job.tenant_id == ImageSet.tenant_id,
+            Job.status.in_(OPEN),
+            or_(
+                target == ImageSet.id,
+                Job.request["remember"]["images"].astext == ImageSet.id,
+                Job.request["evaluation"]["same_identity"]["images"].astext == ImageSet.id,
+                Job.request["evaluation"]["held_out"]["images"].astext == ImageSet.id,
+            ),
+        )
+        .exists()
+    )
+    due = or_(ImageSet.expires_at < func.now(), ended & ~still_read)
+    return list(
+        session.scalars(
+            select(ImageSet).where(ImageSet.erased_at.is_(None), due).limit(limit).with_for_update(skip_locked=True)
+        )
+    )
+
+
+def erase(session: Session, storage: ObjectStorage, row: ImageSet, *, why: str) -> int:
+    """Delete every version of every image, prove it by listing, and record it. Returns the objects deleted."""
+    gone = storage.erase(object_keys.image_set_prefix(row.tenant_id, row.id))
+    session.execute(
+        update(ImageSet)
+        .where(ImageSet.id == row.id)
+        .values(images=[], erased_at=func.clock_timestamp(), version=ImageSet.version + 1)
+    )
+    audit.record(
+        session,
+        row.tenant_id,
+        actor="janitor",
+        action="image_set.erased",
+        subject=row.id,
+        data={"objects": gone, "why": why},
+    )
+    return gone

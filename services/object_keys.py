@@ -1,0 +1,55 @@
+"""Every key in the object store is built here, from identifiers alone, never from a caller's text."""
+
+from __future__ import annotations
+
+__all__ = [
+    "attempt_prefix",
+    "checkpoint_prefix",
+    "checkpoint_source",
+    "image",
+    "image_set_prefix",
+    "job_prefix",
+    "state",
+    "states_prefix",
+    "tenant_prefix",
+]
+
+
+def tenant_prefix(tenant_id: str) -> str:
+    return f"tenants/{tenant_id}/"
+
+
+def checkpoint_prefix(tenant_id: str, checkpoint_id: str) -> str:
+    return f"{tenant_prefix(tenant_id)}checkpoints/{checkpoint_id}/"
+
+
+def checkpoint_source(tenant_id: str, checkpoint_id: str) -> str:
+    """The file as uploaded; deleted once it has been converted."""
+    return f"{checkpoint_prefix(tenant_id, checkpoint_id)}source"
+
+
+def image_set_prefix(tenant_id: str, image_set_id: str) -> str:
+    return f"{tenant_prefix(tenant_id)}image-sets/{image_set_id}/"
+
+
+def image(tenant_id: str, image_set_id: str, index: int) -> str:
+    """One image of a set, re-encoded as PNG."""
+    return f"{image_set_prefix(tenant_id, image_set_id)}{index:06d}.png"
+
+
+def job_prefix(tenant_id: str, job_id: str) -> str:
+    return f"{tenant_prefix(tenant_id)}jobs/{job_id}/"
+
+
+def attempt_prefix(tenant_id: str, job_id: str, token: int) -> str:
+    """Where one attempt, and no other, writes its artifacts."""
+    return f"{job_prefix(tenant_id, job_id)}attempts/{token}/"
+
+
+def states_prefix(tenant_id: str, job_id: str) -> str:
+    return f"{job_prefix(tenant_id, job_id)}state/"
+
+
+def state(tenant_id: str, job_id: str, token: int, step: int) -> str:
+    """A resumable state, written by the attempt that holds the token."""
+    return f"{states_prefix(tenant_id, job_id)}{token}/{step:08d}.safetensors"

@@ -1,0 +1,216 @@
+"""The object store: one bucket behind boto3, streaming both ways."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from services.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["ObjectStorage", "StoredObject", "Upload", "file_sha256"]
+
+PART_BYTES = 8 * 2**20  # 10,000 parts at most: 80 GiB
+READ_BYTES = 2**20
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What was written: size in bytes and SHA-256 of the whole (an S3 ETag is not a hash)."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class ObjectStorage:
+    """Reads, writes, lists and erases objects. Errors are botocore's; a missing key is ``KeyError``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self._settings = settings
+        self._client = self._connect(settings.s3_endpoint_url)
+        public = settings.s3_public_endpoint_url
+        self._presigner = self._connect(public) if public else self._client
+
+    def _connect(self, endpoint_url: str | None) -> S3Client:
+        settings = self._settings
+        return boto3.client(
+            "s3",
+            endpoint_url=endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key.get_secret_value() if settings.s3_access_key else None,
+            aws_secret_access_key=settings.s3_secret_key.get_secret_value() if settings.s3_secret_key else None,
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                connect_timeout=CONNECT_SECONDS,
+                read_timeout=READ_SECONDS,
+                retries={"mode": "standard", "max_attempts": 4},
+                max_pool_connections=20,
+            ),
+        )
+
+    def ping(self) -> None:
+        """Raise unless the bucket answers."""
+        self._client.head_bucket(Bucket=self.bucket)
+
+    # Writing.
+
+    def put(self, key: str, body: bytes, *, media_type: str, only_if_absent: bool = False) -> StoredObject:
+        """Write a small object. With ``only_if_absent`` an existing key raises ``FileExistsError``."""
+        extra: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
+        try:
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=media_type, **extra)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise FileExistsError(key) from error
+            raise
+        return StoredObject(key, len(body), hashlib.sha256(body).hexdigest())
+
+    def put_file(self, key: str, path: Path, *, media_type: str = "application/octet-stream") -> StoredObject:
+        """Write a file of any size."""
+        self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": media_type})
+        return StoredObject(key, path.stat().st_size, file_sha256(path))
+
+    def upload(self, key: str) -> Upload:
+        """Begin a streamed write of unknown length."""
+        return Upload(self._client, self.bucket, key)
+
+    # Reading.
+
+    def read(self, key: str) -> bytes:
+        """A small object, whole."""
+        return b"".join(self.stream(key))
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """An object in pieces of at most 1 MiB."""
+        try:
+            body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+                raise KeyError(key) from error
+            raise
+        with body:
+            yield from body.iter_chunks(READ_BYTES)
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy an object into a file."""
+        try:
+            self._client.download_file(self.bucket, key, str(path))
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+                raise KeyError(key) from error
+            raise
+
+    def presigned_get(self, key: str, *, filename: str, media_type: str) -> str:
+        """A URL that gives this one object to whoever holds it, for the settings' ``presign_seconds``."""
+        return self._presigner.generate_presigned_url(
+            "get_object",
+            Params={
+                "Bucket": self.bucket,
+                "Key": key,
+                "ResponseContentDisposition": f'attachment; filename="{filename}"',
+                "ResponseContentType": media_type,
+            },
+            ExpiresIn=self._settings.presign_seconds,
+        )
+
+    # Erasing.
+
+    def keys(self, prefix: str) -> list[str]:
+        """Every current key under a prefix."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def erase(self, prefix: str) -> int:
+        """Delete everything under a prefix: every version, delete marker and unfinished upload. Returns how many.
+
+        Raises:
+            RuntimeError: something is still listed afterwards.
+        """
+        gone = 0
+        for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
+            entries: list[Any] = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
+            for item in entries:
+                version: Any = item.get("VersionId")
+                where: dict[str, Any] = {} if version in (None, "null") else {"VersionId": version}
+                self._client.delete_object(Bucket=self.bucket, Key=item["Key"], **where)
+                gone += 1
+        unfinished = self._client.get_paginator("list_multipart_uploads")
+        for listing in unfinished.paginate(Bucket=self.bucket, Prefix=prefix):
+            for part in listing.get("Uploads", []):
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=part["Key"], UploadId=part["UploadId"])
+                gone += 1
+        left = self.keys(prefix)
+        if left:
+            raise RuntimeError(f"{len(left)} objects are still listed under {prefix} after their deletion")
+        return gone
+
+
+class Upload:
+    """A streamed write: memory holds one part of 8 MiB, whatever the length. Not finished means not visible."""
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client = client
+        self._bucket, self._key = bucket, key
+        self._id: str | None = None
+        self._parts: list[Any] = []
+        self._buffer = bytearray()
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def wants_flush(self) -> bool:
+        """Whether a part is full; ``flush`` blocks, so that an event loop calls it in a thread."""
+        return len(self._buffer) >= PART_BYTES
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes; no input or output happens here."""
+        self._buffer += chunk
+        self._digest.update(chunk)
+        self.bytes += len(chunk)
+
+    def flush(self) -> None:
+        """Send what is buffered as one part."""
+        if self._id is None:
+            self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
+        number = len(self._parts) + 1
+        part = self._client.upload_part(
+            Bucket=self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=bytes(self._buffer)
+        )
+        self._parts.append({"ETag": part["ETag"], "PartNumber": number})
+        self._buffer.clear()
+
+    def finish(self) -> StoredObject:
+        """Make the object visible."""
+        if self._id is None:
+            self._client.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer))
+        else:
+            if self._buffer:
+                self.flush()
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": self._parts}
+            )
+        return StoredObject(self._key, self.bytes, self._digest.hexdigest())
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        if self._id is not None:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._id)

@@ -1,0 +1,1 @@
+"""The control loop, the Celery worker and its supervisor; only ``worker.runner`` imports torch."""

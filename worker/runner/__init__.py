@@ -1,0 +1,1 @@
+"""One fresh process per attempt: files in, files out, JSON lines on standard output."""
