@@ -1,0 +1,31 @@
+"""Generative models, their checkpoint format, and images as tensors."""
+
+from models.checkpoints import FAMILIES, Manifest, load_checkpoint, load_flow, read_manifest, save_checkpoint
+from models.convert import convert
+from models.errors import CheckpointError, ImageError, ModelError
+from models.glow import Glow
+from models.images import Fit, dequantize, load_images, quantize, save_png, to_uint8
+from models.protocol import CheckpointedFlow, Flow, SplitFlow
+
+__all__ = [
+    "FAMILIES",
+    "CheckpointError",
+    "CheckpointedFlow",
+    "Fit",
+    "Flow",
+    "Glow",
+    "ImageError",
+    "Manifest",
+    "ModelError",
+    "SplitFlow",
+    "convert",
+    "dequantize",
+    "load_checkpoint",
+    "load_flow",
+    "load_images",
+    "quantize",
+    "read_manifest",
+    "save_checkpoint",
+    "save_png",
+    "to_uint8",
+]

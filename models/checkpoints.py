@@ -1,0 +1,314 @@
+"""The checkpoint format: one safetensors file that carries its own manifest, checked before and after it is loaded.
+
+The manifest is JSON under the key `forgetd` of the safetensors metadata. A new family is one entry in `FAMILIES`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.errors import (
+    ArchitectureError,
+    CheckpointFormatError,
+    DigestError,
+    ManifestError,
+    NonFiniteError,
+    TensorMismatchError,
+    UnknownFamilyError,
+)
+from models.glow import Glow
+from models.protocol import CheckpointedFlow
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "forgetd"
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 100_000
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+Builder = Callable[[tuple[int, int, int], int, Mapping[str, Any]], CheckpointedFlow]
+
+
+def _build_glow(image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]) -> CheckpointedFlow:
+    expected = {"n_block": int, "n_flow": int, "hidden": int, "affine": bool, "lu": list}
+    _check_fields(architecture, expected, "architecture")
+    return Glow(image_shape, n_bits, **architecture)
+
+
+FAMILIES: dict[str, Builder] = {"glow": _build_glow}
+"""Family name to the function that builds an empty model from (image shape, n_bits, architecture)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, beside its tensors."""
+
+    family: str
+    architecture: dict[str, Any]
+    image_size: int
+    """Side of the square image, in pixels."""
+    channels: int
+    n_bits: int
+    """Colour depth a channel that the model was trained at."""
+    tensor_digest: str
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names, as hex."""
+    schema_version: int = SCHEMA_VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Free JSON of the writer: where the weights come from."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.image_size, self.image_size
+
+    def to_json(self) -> str:
+        """The text that stands in the file."""
+        return json.dumps(asdict(self), sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read and check the text of a manifest.
+
+        Raises:
+            ManifestError: it is no JSON object, or a field is missing, odd or of the wrong type.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise ManifestError("the manifest is no JSON; convert the checkpoint again") from error
+        types = {
+            "family": str, "architecture": dict, "image_size": int, "channels": int, "n_bits": int,
+            "tensor_digest": str, "schema_version": int, "extra": dict,
+        }  # fmt: skip
+        if not isinstance(fields, dict):
+            raise ManifestError("the manifest is no JSON object; convert the checkpoint again")
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ManifestError(f"manifest schema version {version!r} is not known here (this is {SCHEMA_VERSION})")
+        _check_fields(fields, types, "manifest")
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file whose sizes add up."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    """Name to (dtype, shape)."""
+    metadata: dict[str, str]
+
+
+def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any] | None = None) -> Manifest:
+    """Write a model and its manifest as one file, whole or not at all.
+
+    Args:
+        path: where; an existing file is replaced.
+        model: a flow of a known family, on any device.
+        extra: JSON facts to keep beside it, such as the training recipe.
+
+    Returns:
+        The manifest written.
+    """
+    if not isinstance(model, CheckpointedFlow) or model.family not in FAMILIES:
+        raise UnknownFamilyError(f"{type(model).__name__} is of no known family ({', '.join(sorted(FAMILIES))})")
+    flow = model
+    channels, height, width = flow.image_shape
+    if height != width:
+        raise ArchitectureError(f"checkpoints hold square images, not {height} x {width}")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    _check_finite(tensors)
+    manifest = Manifest(
+        family=flow.family, architecture=dict(flow.architecture), image_size=height, channels=channels,
+        n_bits=flow.n_bits, tensor_digest=tensor_digest(tensors), extra=dict(extra or {}),
+    )  # fmt: skip
+    target = Path(path)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={METADATA_KEY: manifest.to_json()})
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return manifest
+
+
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a checkpoint, in evaluation mode; every claim of its manifest is verified.
+
+    The result is also a `models.protocol.CheckpointedFlow`; `load_flow` has that type.
+
+    Raises:
+        CheckpointError: a leaf of that tree says what is wrong and what to do.
+    """
+    manifest = read_manifest(path)
+    header = read_header(path)
+    model = build(manifest)
+    _check_names(header, model)
+    tensors = load_tensors(path)
+    _check_finite(tensors)
+    if tensor_digest(tensors) != manifest.tensor_digest:
+        raise DigestError("the tensors are not those of the manifest: the file was altered; convert or upload it again")
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(True).to(device).eval()
+
+
+def load_flow(path: Path | str, device: torch.device | str = "cpu") -> CheckpointedFlow:
+    """`load_checkpoint`, typed as the flow it is."""
+    return cast(CheckpointedFlow, load_checkpoint(path, device))
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Read only the header of a checkpoint.
+
+    Raises:
+        ManifestError: the file is a safetensors file without our manifest.
+    """
+    text = read_header(path).metadata.get(METADATA_KEY)
+    if text is None:
+        raise ManifestError("the file has no manifest; convert it first, stating image size and n_bits")
+    return Manifest.from_json(text)
+
+
+def build(manifest: Manifest) -> nn.Module:
+    """An empty model of the manifest's architecture, on the meta device: it costs no memory."""
+    builder = FAMILIES.get(manifest.family)
+    if builder is None:
+        raise UnknownFamilyError(f"family {manifest.family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
+    with torch.device("meta"):
+        return cast(nn.Module, builder(manifest.image_shape, manifest.n_bits, manifest.architecture))
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names, as hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose header `read_header` accepts."""
+    read_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointFormatError(f"the file cannot be read: {error}") from error
+
+
+def read_header(path: Path | str) -> Header:
+    """Parse a safetensors header without trusting it: its length is capped, and offsets must tile the file exactly.
+
+    Raises:
+        CheckpointFormatError: says what does not add up.
+    """
+    size = Path(path).stat().st_size
+    if size < 8:
+        raise CheckpointFormatError(f"the file has {size} bytes: no safetensors file; was the upload cut short?")
+    with Path(path).open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointFormatError("the file is no safetensors file, or was cut short within its header")
+        raw = file.read(length)
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError("the safetensors header is no JSON") from error
+    if not isinstance(fields, dict):
+        raise CheckpointFormatError("the safetensors header is no JSON object")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointFormatError("the safetensors metadata must map text to text")
+    if len(fields) > MAX_TENSORS:
+        raise CheckpointFormatError(f"the file names {len(fields):,} tensors; the most is {MAX_TENSORS:,}")
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    spans: list[tuple[int, int]] = []
+    for name, entry in fields.items():
+        dtype, shape, span = _read_entry(name, entry)
+        tensors[name] = (dtype, shape)
+        spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise CheckpointFormatError(f"the safetensors tensors do not lie end to end (byte {end}, then {start})")
+        end = stop
+    if end != size - 8 - length:
+        raise CheckpointFormatError(f"the header promises {end:,} bytes of tensors, the file has {size - 8 - length:,}")
+    return Header(tensors, metadata)
+
+
+def _read_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry, dict):
+        raise CheckpointFormatError(f"tensor {name!r} has no description")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointFormatError(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise CheckpointFormatError(f"tensor {name!r} has a malformed shape or offset")
+    shape, offsets = cast(list[int], shape), cast(list[int], offsets)
+    if len(offsets) != 2 or len(shape) > 8:
+        raise CheckpointFormatError(f"tensor {name!r} has a malformed shape or offset")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointFormatError(f"tensor {name!r} does not have the bytes of its shape {shape}")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def _check_fields(values: Mapping[str, Any], types: Mapping[str, type], what: str) -> None:
+    missing, odd = sorted(types.keys() - values.keys()), sorted(values.keys() - types.keys())
+    if missing or odd:
+        raise ManifestError(f"the {what} lacks {missing} and has unknown {odd}; convert the checkpoint again")
+    for name, kind in types.items():
+        if type(values[name]) is not kind:
+            raise ManifestError(f"the {what}'s {name} must be {kind.__name__}, not {values[name]!r}")
+
+
+def _check_names(header: Header, model: nn.Module) -> None:
+    expected = {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
+    check_shapes({name: (DTYPES[dtype], shape) for name, (dtype, shape) in header.tensors.items()}, expected)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> None:
+    """Compare names, dtypes and shapes with those of the architecture.
+
+    Raises:
+        TensorMismatchError: names the first differences and counts the rest.
+    """
+    missing, odd = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise TensorMismatchError(f"{len(missing)} tensors are missing: {_some(missing)}; save the whole state dict")
+    if odd:
+        raise TensorMismatchError(f"{len(odd)} tensors do not belong to the model: {_some(odd)}; remove them")
+    for name, (dtype, shape) in expected.items():
+        if found[name][1] != shape:
+            raise TensorMismatchError(f"{name} has shape {list(found[name][1])}; the architecture needs {list(shape)}")
+        if found[name][0] != dtype:
+            raise TensorMismatchError(f"{name} is {found[name][0]}; the model holds {dtype}; save it as that")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name in sorted(tensors) if not bool(torch.isfinite(tensors[name]).all())]
+    if bad:
+        raise NonFiniteError(f"{len(bad)} tensors hold NaN or infinity: {_some(bad)}; use an earlier checkpoint")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(re.sub(r"[^\w.\-]", "?", name)[:80] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,423 @@
+"""Glow: a multiscale flow of actnorm, invertible 1x1 convolutions and coupling layers (Kingma & Dhariwal, 2018).
+
+Parameter names and conventions follow the layout in which the Flow Taming authors publish their weights, so that their
+state dicts load by name. Small parts first, the whole flow last; `forward` and `inverse` stand side by side.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import ArchitectureError
+
+MAX_BLOCKS = 10
+MAX_FLOWS = 256
+MAX_HIDDEN = 4096
+MAX_CHANNELS = 64
+MAX_IMAGE_SIZE = 1024
+INIT_STD = 0.05
+"""Standard deviation of the first two convolutions of a coupling net at initialisation."""
+ZERO_CONV_GAIN = 3.0
+"""A zero convolution's output is multiplied by exp(3 scale), so that its scale learns three times as fast."""
+
+
+class ActNorm(nn.Module):
+    """y = scale (x + loc), one pair a channel; log|det| = h w sum log|scale|.
+
+    `initialized` belongs to the published layout. Nothing here reads it to change a weight: the data-dependent start is
+    an explicit call (`Glow.initialize`), so a loaded model is never re-initialised by its first forward.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.uint8))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set loc and scale so that each channel of y has mean 0 and deviation 1 on x, (b, c, h, w)."""
+        self.loc.copy_(-x.mean(dim=(0, 2, 3), keepdim=True))
+        self.scale.copy_(1.0 / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
+        self.initialized.fill_(1)
+
+
+class InvConv(nn.Module):
+    """An invertible 1x1 convolution with a free matrix W; log|det| = h w log|det W|."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(channels)[:, :, None, None].clone())
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Start from a random rotation."""
+        self.weight.copy_(_random_rotation(self.weight.shape[0], generator)[:, :, None, None])
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """W, (c, c), and log|det W|, a scalar in nats."""
+        w = self.weight[:, :, 0, 0]  # (c, c)
+        return w, torch.linalg.slogdet(w.double())[1].to(w.dtype)
+
+
+class InvConvLU(nn.Module):
+    """The same convolution as W = P L (U + diag(sign exp(log s))); log|det| = h w sum log s (Glow, eq. 10-11)."""
+
+    w_p: Tensor
+    s_sign: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("w_p", torch.eye(channels))
+        self.register_buffer("s_sign", torch.ones(channels))
+        self.w_l = nn.Parameter(torch.eye(channels))
+        self.w_s = nn.Parameter(torch.zeros(channels))
+        self.w_u = nn.Parameter(torch.zeros(channels, channels))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Start from the LU factors of a random rotation."""
+        p, lower, upper = torch.linalg.lu(_random_rotation(self.w_p.shape[0], generator))
+        s = upper.diagonal()
+        self.w_p.copy_(p)
+        self.s_sign.copy_(s.sign())
+        self.w_l.copy_(lower)
+        self.w_s.copy_(s.abs().log())
+        self.w_u.copy_(upper.triu(1))
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """W, (c, c), and log|det W|, a scalar in nats. Entries on the wrong side of a triangle are not read."""
+        eye = torch.eye(self.w_p.shape[0], dtype=self.w_p.dtype, device=self.w_p.device)
+        lower = self.w_l.tril(-1) + eye
+        upper = self.w_u.triu(1) + torch.diag(self.s_sign * self.w_s.exp())
+        return self.w_p @ lower @ upper, self.w_s.sum()
+
+
+class Conv(nn.Module):
+    """A convolution that keeps height and width, zero-padded; weights are set by `reset`, never by a global seed."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Start from N(0, 0.05^2) weights and no bias."""
+        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * INIT_STD)
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, inputs, h, w) -> (b, outputs, h, w)."""
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+
+class UnpaddedConv(nn.Module):
+    """The 3x3 convolution inside a zero convolution, whose padding its owner does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, inputs, h + 2, w + 2) -> (b, outputs, h, w)."""
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class ZeroConv(nn.Module):
+    """A 3x3 convolution that starts at zero; padded with ONES, so that it sees the border, and scaled by exp(3 s)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = UnpaddedConv(inputs, outputs)
+        self.scale = nn.Parameter(torch.zeros(1, outputs, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, inputs, h, w) -> (b, outputs, h, w)."""
+        padded = F.pad(x, (1, 1, 1, 1), value=1.0)  # (b, inputs, h + 2, w + 2)
+        return _as_tensor(self.conv(padded)) * torch.exp(self.scale * ZERO_CONV_GAIN)
+
+
+class Coupling(nn.Module):
+    """The first half of the channels moves the second: b' = b + t(a), or affine b' = (b + t(a)) sigmoid(s(a) + 2)."""
+
+    def __init__(self, channels: int, hidden: int, affine: bool) -> None:
+        super().__init__()
+        self.affine = affine
+        half = channels // 2
+        self.net = nn.Sequential(
+            Conv(half, hidden, 3), nn.ReLU(), Conv(hidden, hidden, 1), nn.ReLU(),
+            ZeroConv(hidden, channels if affine else half),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(b, c, h, w) -> the same shape, and log|det| (b,), or None where it is zero."""
+        a, b = x.chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+        if not self.affine:
+            return torch.cat([a, b + _as_tensor(self.net(a))], dim=1), None
+        s, t = _as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+        log_scale = F.logsigmoid(s + 2.0)
+        return torch.cat([a, (b + t) * log_scale.exp()], dim=1), log_scale.sum(dim=(1, 2, 3))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The exact inverse of `forward`'s map."""
+        a, b = y.chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+        if not self.affine:
+            return torch.cat([a, b - _as_tensor(self.net(a))], dim=1)
+        s, t = _as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+        return torch.cat([a, b * torch.exp(-F.logsigmoid(s + 2.0)) - t], dim=1)
+
+
+class FlowStep(nn.Module):
+    """actnorm -> 1x1 convolution -> coupling. The first two are one affine map of the channels and run as one."""
+
+    def __init__(self, channels: int, hidden: int, affine: bool, lu: bool) -> None:
+        super().__init__()
+        self.actnorm = ActNorm(channels)
+        self.invconv: InvConv | InvConvLU = InvConvLU(channels) if lu else InvConv(channels)
+        self.coupling = Coupling(channels, hidden, affine)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, c, h, w) -> the same shape, and log|det|, (b,) or a scalar that every image shares."""
+        w, log_det_w = self.invconv.matrix()  # (c, c), ()
+        scale, loc = self.actnorm.scale.flatten(), self.actnorm.loc.flatten()  # (c,), (c,)
+        y = F.conv2d(x, (w * scale)[:, :, None, None], w @ (scale * loc))  # (b, c, h, w)
+        log_det = (log_det_w + scale.abs().log().sum()) * (x.shape[2] * x.shape[3])
+        y, log_det_coupling = self.coupling(y)
+        return y, log_det if log_det_coupling is None else log_det + log_det_coupling
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The exact inverse of `forward`'s map."""
+        y = self.coupling.inverse(y)
+        w, _ = self.invconv.matrix()
+        x = F.conv2d(y, torch.linalg.inv(w.double()).to(w.dtype)[:, :, None, None])  # (b, c, h, w)
+        return x / self.actnorm.scale - self.actnorm.loc
+
+
+class Block(nn.Module):
+    """One scale: squeeze, K steps, then (but for the last) half of the channels leaves under a learned prior.
+
+    What leaves is standardised by that prior: eps = (z - mean) exp(-log_sd), with (mean, log_sd) read from the half
+    that stays, or from zeros at the last scale. So the whole flow maps to N(0, I), and -sum log_sd joins the
+    log-determinant.
+    """
+
+    def __init__(self, channels: int, flows: int, hidden: int, *, split: bool, affine: bool, lu: bool) -> None:
+        super().__init__()
+        squeezed = channels * 4
+        self.split = split
+        self.flows = nn.ModuleList(FlowStep(squeezed, hidden, affine, lu) for _ in range(flows))
+        self.prior = ZeroConv(channels * 2, channels * 4) if split else ZeroConv(squeezed, squeezed * 2)
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Squeeze and flow: (b, c, h, w) -> (b, 4c, h/2, w/2), and log|det| (b,)."""
+        h = _squeeze(x)  # (b, 4c, h/2, w/2)
+        log_det = x.new_zeros(x.shape[0])
+        for step in self.flows:
+            h, term = step(h)
+            log_det = log_det + term
+        return h, log_det
+
+    def factor_out(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What stays (or None at the last scale), what leaves as eps, and log|det| (b,)."""
+        kept, z = h.chunk(2, dim=1) if self.split else (torch.zeros_like(h), h)
+        mean, log_sd = _as_tensor(self.prior(kept)).chunk(2, dim=1)
+        eps = (z - mean) * torch.exp(-log_sd)
+        return (kept if self.split else None), eps, -log_sd.sum(dim=(1, 2, 3))
+
+    def inverse(self, kept: Tensor | None, eps: Tensor) -> Tensor:
+        """From what stayed and what left back to the block's input."""
+        mean, log_sd = _as_tensor(self.prior(torch.zeros_like(eps) if kept is None else kept)).chunk(2, dim=1)
+        z = eps * torch.exp(log_sd) + mean
+        h = z if kept is None else torch.cat([kept, z], dim=1)  # (b, 4c, h/2, w/2)
+        for step in reversed(list(self.flows)):
+            h = step.inverse(h) if isinstance(step, FlowStep) else h
+        return _unsqueeze(h)  # (b, c, h, w)
+
+
+class Glow(nn.Module):
+    """The flow x -> (eps_1, ..., eps_L) ~ N(0, I) over images x in [-0.5, 0.5)^(c, h, w).
+
+    log p(x) = log N(eps; 0, I) + log|det d eps / d x|, in nats, one value an image. L blocks of K steps each; the side
+    of the image is a multiple of 2^L. Kingma & Dhariwal, "Glow", sec. 3 and fig. 2; taming paper, App. A.
+
+    Args:
+        image_shape: (channels, height, width).
+        n_bits: colour depth the model was trained at; images are dequantised with U(0, 1) / 2^n_bits.
+        n_block: number of scales L.
+        n_flow: steps per scale K.
+        hidden: width of the coupling nets.
+        affine: affine coupling, else additive.
+        lu: LU-parametrised 1x1 convolutions; one flag for all scales or one a scale.
+        generator: draws the starting weights; without it the flow is a fixed linear map, for weights to be loaded into.
+    """
+
+    family: ClassVar[str] = "glow"
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        n_bits: int,
+        *,
+        n_block: int = 3,
+        n_flow: int = 8,
+        hidden: int = 96,
+        affine: bool = False,
+        lu: bool | Sequence[bool] = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        flags = [lu] * n_block if isinstance(lu, bool) else list(lu)
+        _check_architecture(image_shape, n_bits, n_block, n_flow, hidden, flags)
+        channels, height, width = (int(side) for side in image_shape)
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self.n_bits = n_bits
+        self.architecture: dict[str, Any] = {
+            "n_block": n_block, "n_flow": n_flow, "hidden": hidden, "affine": affine, "lu": flags,
+        }  # fmt: skip
+        self.blocks = nn.ModuleList(
+            Block(channels * 2**i, n_flow, hidden, split=i < n_block - 1, affine=affine, lu=flags[i])
+            for i in range(n_block)
+        )
+        if generator is not None:
+            for module in self.modules():
+                if isinstance(module, Conv | InvConv | InvConvLU):
+                    module.reset(generator)
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images (b, c, h, w) to standard normal latents, one tensor a scale, and log|det| (b,) in nats."""
+        h, log_det = self.prefix(x)
+        latents, rest = self._suffix(h)
+        return latents, log_det + rest
+
+    def inverse(self, latents: Sequence[Tensor]) -> Tensor:
+        """Standard normal latents, one a scale, back to images (b, c, h, w)."""
+        h: Tensor | None = None
+        for block, eps in zip(reversed(self._scales()), reversed(latents), strict=True):
+            h = block.inverse(h, eps)
+        if h is None:
+            raise ArchitectureError("inverse needs one latent a scale, and got none")
+        return h
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (b,) nats; images (b, c, h, w) in [-0.5, 0.5)."""
+        if tuple(x.shape[1:]) != self.image_shape:
+            raise ArchitectureError(f"this flow takes images of shape {self.image_shape}, not {tuple(x.shape[1:])}")
+        h, log_det = self.prefix(x)
+        return log_det + self.suffix_log_prob(h)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """Draw n images, (n, c, h, w), from latents of standard deviation `temperature`; not clipped."""
+        weight = next(self.parameters())
+        latents = [
+            (torch.randn((n, *shape), generator=generator, device=generator.device) * temperature).to(weight)
+            for shape in self.latent_shapes()
+        ]
+        return self.inverse(latents)
+
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """Shape (c, h, w) of the latent of each scale; their sizes add up to the image's."""
+        channels, height, width = self.image_shape
+        count = len(self.blocks)
+        shapes = [(channels * 2 ** (i + 1), height >> (i + 1), width >> (i + 1)) for i in range(count)]
+        last = shapes[-1]
+        return [*shapes[:-1], (last[0] * 2, last[1], last[2])]
+
+    def prefix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first scale's steps: images (b, c, h, w) -> (b, 4c, h/2, w/2), and its log|det| (b,)."""
+        return self._scales()[0].transform(x)
+
+    def suffix_log_prob(self, h: Tensor) -> Tensor:
+        """log p less the first scale's log|det|, from that scale's output (b, 4c, h/2, w/2): (b,) nats."""
+        latents, log_det = self._suffix(h)
+        energy = sum((eps.square().sum(dim=(1, 2, 3)) for eps in latents), start=torch.zeros_like(log_det))
+        result: Tensor = log_det - 0.5 * (energy + math.prod(self.image_shape) * math.log(2 * math.pi))
+        return result
+
+    def suffix_parameters(self) -> list[nn.Parameter]:
+        """Every prior and every step below the first scale; empty for a flow of one scale, which cannot be cut."""
+        if len(self.blocks) < 2:
+            return []
+        first = {id(p) for p in self._scales()[0].flows.parameters()}
+        return [p for p in self.parameters() if id(p) not in first]
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent start of every actnorm on a batch x, (b, c, h, w). Call once, before training."""
+        h: Tensor | None = x
+        for block in self._scales():
+            if h is None:
+                break
+            h = _squeeze(h)
+            for step in block.flows:
+                if isinstance(step, FlowStep):
+                    step.actnorm.initialize(h)
+                    h, _ = step(h)
+            h, _, _ = block.factor_out(h)
+
+    def _suffix(self, h: Tensor) -> tuple[list[Tensor], Tensor]:
+        """From the first scale's output to all latents and the log|det| (b,) still to add."""
+        latents = []
+        scales = self._scales()
+        kept, eps, log_det = scales[0].factor_out(h)
+        latents.append(eps)
+        for block in scales[1:]:
+            if kept is None:
+                break
+            h, term = block.transform(kept)
+            kept, eps, prior_term = block.factor_out(h)
+            latents.append(eps)
+            log_det = log_det + term + prior_term
+        return latents, log_det
+
+    def _scales(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _squeeze(x: Tensor) -> Tensor:
+    """Each 2x2 patch becomes four channels: (b, c, h, w) -> (b, 4c, h/2, w/2), channel order (c, row, column)."""
+    return F.pixel_unshuffle(x, 2)
+
+
+def _unsqueeze(x: Tensor) -> Tensor:
+    """The inverse of `_squeeze`."""
+    return F.pixel_shuffle(x, 2)
+
+
+def _random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    rotation: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    return rotation
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Modules are untyped callables; this gives their one output its type."""
+    return value  # type: ignore[no-any-return]
+
+
+def _check_architecture(
+    image_shape: Sequence[int], n_bits: int, n_block: int, n_flow: int, hidden: int, lu: Sequence[bool]
+) -> None:
+    """Refuse what cannot be built, with the value, before anything is allocated."""
+    if len(image_shape) != 3:
+        raise ArchitectureError(f"image_shape is (channels, height, width), not {tuple(image_shape)}")
+    ranges = {
+        "n_bits": (n_bits, 1, 8), "n_block": (n_block, 1, MAX_BLOCKS), "n_flow": (n_flow, 1, MAX_FLOWS),
+        "hidden": (hidden, 1, MAX_HIDDEN), "channels": (image_shape[0], 1, MAX_CHANNELS),
+        "height": (image_shape[1], 2, MAX_IMAGE_SIZE), "width": (image_shape[2], 2, MAX_IMAGE_SIZE),
+    }  # fmt: skip
+    for name, (value, low, high) in ranges.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ArchitectureError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    for side in image_shape[1:]:
+        if side % 2**n_block:
+            raise ArchitectureError(f"a side of {side} pixels cannot be halved {n_block} times; use a power of two")
+    if len(lu) != n_block or not all(isinstance(flag, bool) for flag in lu):
+        raise ArchitectureError(f"lu takes one flag a block: {n_block} flags, not {list(lu)!r}")

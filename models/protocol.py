@@ -1,0 +1,60 @@
+"""What a flow must offer to be tamed, stored and judged: the protocols every other room codes against."""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Flow(Protocol):
+    """A density over images in [-0.5, 0.5) with exact likelihoods; the least an unlearning method needs."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of each image.
+
+        Args:
+            x: dequantised images, (b, c, h, w), in [-0.5, 0.5).
+
+        Returns:
+            (b,) in nats, float32, each value independent of its batch mates.
+        """
+        ...
+
+    def sample(self, n: int, *, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """Draw n images, (n, c, h, w); the standard deviation of every latent is scaled by `temperature`."""
+        ...
+
+
+@runtime_checkable
+class SplitFlow(Flow, Protocol):
+    """A flow that can be cut into a frozen prefix and a tuned suffix, so that the prefix is evaluated once.
+
+    The cut obeys `log_prob(x) = share + suffix_log_prob(h)` with `(h, share) = prefix(x)`.
+    """
+
+    def prefix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (b, c, h, w) to the cut: (h of any shape (b, ...), the prefix's share of log p, (b,) nats)."""
+        ...
+
+    def suffix_log_prob(self, h: Tensor) -> Tensor:
+        """The rest of log p from the prefix's output, (b,) nats."""
+        ...
+
+    def suffix_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that `prefix` does not read; empty where the flow is too shallow to be cut."""
+        ...
+
+
+@runtime_checkable
+class CheckpointedFlow(Flow, Protocol):
+    """A flow that a manifest can rebuild: see `models.checkpoints`."""
+
+    family: ClassVar[str]
+    image_shape: tuple[int, int, int]
+    n_bits: int
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The constructor's arguments beyond image shape and n_bits, as JSON values."""
+        ...
