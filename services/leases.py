@@ -19,11 +19,14 @@ from services.tables import FENCING_TOKENS, Job, JobEvent, WorkerSlot
 
 __all__ = [
     "Claim",
+    "Standing",
+    "adopt",
     "cancelled",
     "claim",
     "dispatchable",
     "expired_leases",
     "fail",
+    "lose",
     "publish",
     "reap",
     "record_progress",
@@ -34,10 +37,12 @@ __all__ = [
     "retry_smaller",
     "see_worker",
     "stamp_dispatched",
+    "standing",
 ]
 
 HELD = ("running", "cancelling")
 WORKER_SILENT_SECONDS = 15
+MAX_BACKOFF_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ class Claim:
     seed: int
     resume: dict[str, Any] | None
     out_of_memory_losses: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands, for an attempt that does not know whether its COMMIT arrived."""
+
+    status: str
+    token: int | None
+    published_prefix: str | None
 
 
 def _clock() -> ColumnElement[Any]:
@@ -76,21 +90,24 @@ def dispatchable(session: Session, *, ring_seconds: float) -> list[tuple[str, st
 
     Only as many as live workers have free slots, best first, so that order stays in SQL and not in the broker.
     """
-    ringing = and_(Job.status == "queued", Job.dispatched_at > _clock() - timedelta(seconds=ring_seconds))
+    rung = Job.dispatched_at > _clock() - timedelta(seconds=ring_seconds)
+    due = or_(Job.not_before.is_(None), Job.not_before <= _clock())
     live = WorkerSlot.seen_at > _clock() - timedelta(seconds=WORKER_SILENT_SECONDS)
     slots = session.execute(select(WorkerSlot.queue, func.sum(WorkerSlot.slots)).where(live).group_by(WorkerSlot.queue))
     rows: list[tuple[str, str]] = []
     for queue, total in slots.all():
-        taken = session.scalar(
-            select(func.count()).where(Job.queue == queue, or_(Job.lease_until.is_not(None), ringing))
-        )
+        listening = select(WorkerSlot.id).where(live, WorkerSlot.queue == queue)
+        # A lease of a dead worker takes no slot of a living one; a living one's lease does, whatever its queue.
+        busy = and_(Job.lease_until.is_not(None), Job.worker.in_(listening))
+        ringing = and_(Job.status == "queued", Job.queue == queue, rung)
+        taken = session.scalar(select(func.count()).select_from(Job).where(or_(busy, ringing)))
         free = int(total) - int(taken or 0)
         if free <= 0:
             continue
         best = session.execute(
             select(Job.id, Job.queue)
             .where(Job.status == "queued", Job.queue == queue)
-            .where(or_(Job.dispatched_at.is_(None), Job.dispatched_at <= _clock() - timedelta(seconds=ring_seconds)))
+            .where(or_(Job.dispatched_at.is_(None), ~rung), due)
             .order_by(Job.priority.desc(), Job.id)
             .limit(free)
             .with_for_update(skip_locked=True)
@@ -144,10 +161,32 @@ def claim(session: Session, job_id: str, *, worker: str, ttl_seconds: float) -> 
     ).scalar_one_or_none()
     if row is None:
         return None
-    assert row.fencing_token is not None  # noqa: S101 the statement above set it
     _event(
         session, row.tenant_id, job_id, "attempt_started", {"attempt": row.attempt, "resumed": row.resume is not None}
     )
+    return _as_claim(row)
+
+
+def adopt(session: Session, job_id: str, *, worker: str) -> Claim | None:
+    """The lease that a worker's own claim took without its knowing, because the reply to the COMMIT was lost.
+
+    The caller must know that no attempt of its own is at work on the job.
+    """
+    row = session.scalar(select(Job).where(Job.id == job_id, Job.worker == worker, Job.status.in_(HELD)))
+    return None if row is None else _as_claim(row)
+
+
+def standing(session: Session, job_id: str) -> Standing | None:
+    """Where the job stands now; None when it is gone."""
+    row = session.execute(
+        select(Job.status, Job.fencing_token, Job.published_prefix).where(Job.id == job_id)
+    ).one_or_none()
+    return None if row is None else Standing(row.status, row.fencing_token, row.published_prefix)
+
+
+def _as_claim(row: Job) -> Claim:
+    if row.fencing_token is None:
+        raise RuntimeError(f"{row.id} is held without a fencing token")
     return Claim(
         job_id=row.id,
         tenant_id=row.tenant_id,
@@ -262,11 +301,15 @@ def fail(
     artifacts: list[dict[str, Any]] | None = None,
     summary: dict[str, Any] | None = None,
 ) -> bool:
-    """Fail for good; with ``criteria_not_met`` the report is published and the weights are not."""
+    """Fail for good; with ``criteria_not_met`` the report is published and the weights are not.
+
+    False when the token is stale, or a cancel came first.
+    """
     done = _end(
         session,
         claim,
         "failed",
+        statuses=("running",),
         data={"attempt": claim.attempt, "reason": reason},
         status="failed",
         finished_at=_clock(),
@@ -299,6 +342,7 @@ def release(session: Session, claim: Claim) -> bool:
         status="queued",
         attempt=Job.attempt - 1,
         dispatched_at=None,
+        not_before=None,
     )
 
 
@@ -314,6 +358,20 @@ def retry_smaller(session: Session, claim: Claim) -> bool:
         out_of_memory_losses=Job.out_of_memory_losses + 1,
         dispatched_at=None,
     )
+
+
+def lose(session: Session, claim: Claim, *, why: str, budget: int) -> str | None:
+    """The runner died without a word: back to the queue within the budget, sooner than the reaper would.
+
+    Returns the new status (queued, failed, cancelled), or None when the token is stale.
+    """
+    row = session.scalar(select(Job).where(_fenced(claim.job_id, claim.token)).with_for_update())
+    if row is None:
+        return None
+    losses = row.infrastructure_losses + 1
+    # At once the first time; a runner that keeps dying must not burn its budget in a second.
+    backoff = min(2.0 ** (losses - 1), MAX_BACKOFF_SECONDS) if losses > 1 else 0.0
+    return _give_back(session, row, "attempt_lost", {"why": why}, budget=budget, backoff_seconds=backoff)
 
 
 # The reaper.
@@ -334,31 +392,36 @@ def expired_leases(session: Session, *, limit: int = 100) -> list[Job]:
 
 def reap(session: Session, job: Job, *, budget: int) -> str:
     """Take an expired lease back: to the queue within the budget, else to its end. Returns the new status."""
-    held = Claim(
-        job.id, job.tenant_id, job.kind, job.fencing_token or 0, job.attempt, job.checkpoint_id, {}, 0, None, 0
-    )
+    return _give_back(session, job, "lease_expired", {}, budget=budget, backoff_seconds=0.0)
+
+
+def _give_back(
+    session: Session, job: Job, event: str, data: dict[str, Any], *, budget: int, backoff_seconds: float
+) -> str:
+    """End a lost attempt of a locked row."""
+    held = _as_claim(job)
     if job.status == "cancelling":
         cancelled(session, held)
         return "cancelled"
     losses = job.infrastructure_losses + 1
     if losses > budget:
-        detail = (
-            f"{losses} attempts were lost with their workers, more than the budget of {budget}. Nothing was published."
-        )
         problem = {
             "type": "urn:forgetd:problem:attempts-exhausted",
             "title": "The job lost its worker too often",
-            "detail": detail,
+            "detail": (
+                f"{losses} attempts ended without a result, more than the budget of {budget}. Nothing was published."
+            ),
         }
         fail(session, held, reason="attempts_exhausted", problem=problem)
         return "failed"
     _end(
         session,
         held,
-        "lease_expired",
-        data={"attempt": job.attempt, "losses": losses},
+        event,
+        data={"attempt": job.attempt, "losses": losses, **data},
         status="queued",
         infrastructure_losses=losses,
         dispatched_at=None,
+        not_before=_clock() + timedelta(seconds=backoff_seconds) if backoff_seconds else None,
     )
     return "queued"
