@@ -70,7 +70,7 @@ class SeaweedFS(Server):
     def command(self) -> Command:
         """Run it in its own folder, which is also its HOME: it reads security.toml from there and nowhere else."""
         options: dict[str, object] = {
-            "dir": self._data,
+            "dir": self._data.name,  # relative to HOME: a comma in the path would make it two folders
             "ip": LOOPBACK,
             "ip.bind": LOOPBACK,
             "disableHttp": "true",
@@ -93,7 +93,8 @@ class SeaweedFS(Server):
             options[f"{part}.port"] = self.ports[f"seaweedfs_{part}"]
             options[f"{part}.port.grpc"] = self.ports[f"seaweedfs_{part}_grpc"]
         argv = [str(_binary()), "-logtostderr=true", "mini", *(f"-{key}={value}" for key, value in options.items())]
-        return Command(argv, self.home, stop_signal=signal.SIGINT)
+        # An orderly stop takes 1-2 s of waiting for itself; what was written survives a kill of the process.
+        return Command(argv, self.home, stop_signal=signal.SIGINT if self.durable else signal.SIGKILL)
 
     def ready(self) -> bool:
         """Ask for our bucket with our key, from our own process."""

@@ -53,7 +53,7 @@ class LocalStack:
         start_database: Whether to run PostgreSQL.
         start_broker: Whether to run Valkey.
         start_storage: Whether to run SeaweedFS.
-        durable: False for tests: the data need not survive a crash of the machine.
+        durable: False for tests: what is written survives a crash of a server, but not one of the machine.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class LocalStack:
         """Hold the folder: the kernel lets go of this lock however we end."""
         if self._lock is not None:
             raise LocalServerError("This stack is already started.")
-        lock = open(self.data_dir / "lock", "w")  # noqa: SIM115 - held open until stop
+        lock = open(os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")  # noqa: SIM115 - until stop
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
