@@ -1,0 +1,31 @@
+"""The refusals of this room: parameters, inputs, states, and a run that went astray."""
+
+
+class UnlearningError(ValueError):
+    """An unlearning run cannot start or go on."""
+
+
+class ParameterError(UnlearningError):
+    """A parameter is unknown, of the wrong type or out of range.
+
+    Attributes:
+        name: the parameter.
+        message: what is wrong with it, with the value.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name = name
+        self.message = message
+
+
+class InputError(UnlearningError):
+    """The images or the flow cannot be used: their shape, type or number is wrong, or nothing is left to remember."""
+
+
+class StateError(UnlearningError):
+    """A saved state is damaged or belongs to another run: start that run afresh."""
+
+
+class DivergedError(UnlearningError):
+    """A loss or a gradient was not finite; the run was stopped: lower the learning rate."""

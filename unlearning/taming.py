@@ -1,0 +1,279 @@
+"""Flow taming: make given images unlikely under a flow and leave the rest as it was (Malnick et al., WACV 2024).
+
+`tame` is the one entry: it cleans the sets, runs one of two engines step by step, and lets only a confirmation on fresh
+noise decide that the criterion is met. The engines stand in `unlearning.taming_fast` and `unlearning.taming_paper`.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.images import to_uint8
+from models.protocol import Flow
+from unlearning.errors import InputError, ParameterError, StateError
+from unlearning.likelihood import Statistics, nll_of, statistics
+from unlearning.near_duplicates import near_duplicates
+from unlearning.progress import Callback, Step
+from unlearning.randomness import stream
+from unlearning.state import State
+from unlearning.taming_fast import FastEngine
+from unlearning.taming_paper import PaperEngine
+from unlearning.taming_parameters import TamingParameters
+
+PHASE = "unlearning"
+
+
+@dataclass(frozen=True)
+class TamingResult:
+    """A tamed flow and how it came about."""
+
+    flow: nn.Module
+    """The tamed copy."""
+    met: bool
+    """Whether every forget image fulfilled the criterion in the final confirmation on fresh noise."""
+    steps: int
+    z: list[float]
+    """(nll - mu_R) / sigma_R of each forget image in that confirmation, under the tamed flow."""
+    mu: float
+    """mu_R under the tamed flow, in nats."""
+    sigma: float
+    """sigma_R under the tamed flow, in nats."""
+    mu_base: float
+    """mu_R under the base flow on the same noise, in nats."""
+    sigma_base: float
+    history: list[dict[str, float]]
+    """Losses and metrics of each step, with its number."""
+    removed_near_duplicates: list[int]
+    """Positions in the remember set of the images that were left out."""
+    seconds: float
+    """Wall time, over all attempts of a resumed run."""
+    parameters: TamingParameters
+
+
+class Engine(Protocol):
+    """One way to take a step; `tame` owns the loop, the confirmation and the state."""
+
+    def check(self, step: int) -> bool:
+        """Whether a confirmation is worth its cost after so many steps."""
+        ...
+
+    def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Take one optimiser step; returns its losses and metrics."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step reads and the seed does not give: weights, moments, running values."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of a saved state."""
+        ...
+
+    def rejected(self, lowest: float) -> None:
+        """A confirmation failed with this smallest z."""
+        ...
+
+
+def tame(
+    flow: Flow,
+    forget: Tensor,
+    remember: Tensor,
+    parameters: TamingParameters,
+    *,
+    n_bits: int,
+    seed: int,
+    state: State | None = None,
+    callback: Callback | None = None,
+) -> TamingResult:
+    """Tame a copy of a flow until every forget image lies delta sigma_R above mu_R, confirmed on fresh noise.
+
+    Args:
+        flow: the base, a module with `log_prob` and `sample`; it is not modified. Runs on the device it is on.
+        forget: D_F, uint8 (n, c, h, w).
+        remember: D_R, uint8 (m, c, h, w); near-duplicates of D_F are taken out of it.
+        parameters: see `TamingParameters`.
+        n_bits: colour depth that images are quantised to.
+        seed: of every draw; equal seeds give equal bits on the CPU with the same number of threads.
+        state: of an interrupted run with the same arguments; the result is that of a run never interrupted.
+        callback: gets a `Step` at every boundary; may call its `snapshot()` and may raise `Interrupted`.
+
+    Returns:
+        The tamed copy and the final confirmation; `met` is False where max_steps did not suffice.
+
+    Raises:
+        InputError: the sets or the flow cannot be used.
+        DivergedError: a loss was not finite.
+        StateError: the state belongs to another run.
+        Interrupted: as the callback raised it.
+    """
+    start = time.monotonic()
+    values = parameters.resolved()
+    base = _checked_flow(flow)
+    _check_images(forget, remember)
+    removed = near_duplicates(forget, remember, values.near_duplicate_rms)
+    dropped = set(removed)
+    remember = remember[[row for row in range(len(remember)) if row not in dropped]]
+    if len(remember) < 2:
+        raise InputError(f"{len(removed)} images of the remember set are the forget images; {len(remember)} are left")
+
+    # Algorithm 1: theta_T <- theta_B, then steps until |d(x)| < epsilon for every x of D_F.
+    tamed = copy.deepcopy(base).requires_grad_(True)
+    build = FastEngine if values.engine == "fast" else PaperEngine
+    engine: Engine = build(base, tamed, forget, remember, values, n_bits=n_bits, seed=seed)
+    judge = _Judge(cast(Flow, base), cast(Flow, tamed), forget, remember, values, n_bits, seed)
+    fingerprint = _fingerprint(forget, remember, values, n_bits, seed)
+    step, attempts, history, before = 0, 0, list[dict[str, float]](), 0.0
+    if state is not None:
+        if state.meta.get("fingerprint") != fingerprint:
+            raise StateError("the state belongs to a run with other images, parameters or seed")
+        engine.restore(state.tensors)
+        step, attempts = int(state.meta["step"]), int(state.meta["attempts"])
+        history, before = list(state.meta["history"]), float(state.meta["seconds"])
+    max_steps = values.max_steps or 1
+    while True:
+        if engine.check(step) or step >= max_steps:
+            confirmation = judge.confirm(attempts)
+            attempts += 1
+            if confirmation.met or step >= max_steps:
+                break
+            engine.rejected(min(confirmation.z))
+        losses, metrics = engine.step(step)
+        step += 1
+        history.append({"step": float(step), **losses, **metrics})
+        if callback is not None:
+            meta = {"fingerprint": fingerprint, "step": step, "attempts": attempts}
+
+            def capture(meta: dict[str, Any] = meta) -> State:
+                tensors = {name: value.detach().cpu().clone() for name, value in engine.tensors().items()}
+                seconds = before + time.monotonic() - start
+                return State(tensors, {**meta, "history": list(history), "seconds": seconds})
+
+            callback(Step(PHASE, step, max_steps, losses, metrics, capture))
+    tamed.eval()
+    return TamingResult(
+        flow=tamed, met=confirmation.met, steps=step, z=confirmation.z, mu=confirmation.tamed.mu,
+        sigma=confirmation.tamed.sigma, mu_base=confirmation.base.mu, sigma_base=confirmation.base.sigma,
+        history=history, removed_near_duplicates=removed, seconds=before + time.monotonic() - start,
+        parameters=values,
+    )  # fmt: skip
+
+
+def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature: float = 1.0) -> Tensor:
+    """Samples of the base flow, to stand in for a remember set that the caller does not have.
+
+    Args:
+        flow: the base; a foreign one whose `sample` takes no generator is drawn from under a forked global seed.
+        n: how many.
+        n_bits: colour depth; samples are rounded to it.
+        seed: of the draw.
+        temperature: 1 samples the flow itself; lower values are biased towards likely images.
+
+    Returns:
+        uint8 (n, c, h, w).
+    """
+    if n < 2:
+        raise ParameterError("generated", f"must be at least 2, not {n}")
+    parts = []
+    named = "generator" in inspect.signature(flow.sample).parameters
+    for start in range(0, n, 128):
+        count = min(128, n - start)
+        generator = stream(seed, "generate", start)
+        with torch.no_grad():
+            if named:
+                x = flow.sample(count, generator=generator, temperature=temperature)
+            else:
+                with torch.random.fork_rng():
+                    torch.manual_seed(generator.initial_seed())
+                    x = cast(Any, flow).sample(count)
+        parts.append(to_uint8(x.float().cpu(), n_bits))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Confirmation:
+    met: bool
+    z: list[float]
+    tamed: Statistics
+    base: Statistics
+
+
+class _Judge:
+    """The final word: fresh noise that no step has seen, and the statistics of the tamed flow."""
+
+    def __init__(
+        self,
+        base: Flow,
+        tamed: Flow,
+        forget: Tensor,
+        remember: Tensor,
+        values: TamingParameters,
+        n_bits: int,
+        seed: int,
+    ) -> None:
+        self._base, self._tamed, self._forget, self._values = base, tamed, forget, values
+        self._n_bits, self._seed = n_bits, seed
+        count = min(len(remember), values.statistics_images)
+        rows = torch.randperm(len(remember), generator=stream(seed, "confirm", "rows"))[:count]
+        self._remember = remember[rows]
+
+    def confirm(self, attempt: int) -> _Confirmation:
+        """Judge the tamed flow on the noise of this attempt; every attempt has noise of its own."""
+        seed, values = self._seed, self._values
+        z_nll = nll_of(
+            self._tamed, self._forget, n_bits=self._n_bits, draws=values.confirmation_draws,
+            generator=stream(seed, "confirm", "forget", attempt),
+        )  # fmt: skip
+        tamed, base = (
+            statistics(
+                nll_of(
+                    flow, self._remember, n_bits=self._n_bits, generator=stream(seed, "confirm", "remember", attempt)
+                )
+            )
+            for flow in (self._tamed, self._base)
+        )
+        z = [float(value) for value in tamed.z(z_nll)]
+        bound = values.delta * values.tolerance
+        if values.engine == "paper":  # eq. 10 is two-sided
+            met = all(abs(value - values.delta) <= bound for value in z)
+        else:
+            met = all(value >= values.delta - bound for value in z)
+        return _Confirmation(met, z, tamed, base)
+
+
+def _checked_flow(flow: Flow) -> nn.Module:
+    if not isinstance(flow, nn.Module) or not callable(getattr(flow, "log_prob", None)):
+        raise InputError(f"a flow to be tamed is a torch module with log_prob; {type(flow).__name__} is not")
+    if not any(parameter.is_floating_point() for parameter in flow.parameters()):
+        raise InputError(f"{type(flow).__name__} has no parameters to tame")
+    return flow
+
+
+def _check_images(forget: Tensor, remember: Tensor) -> None:
+    for name, images in (("forget", forget), ("remember", remember)):
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise InputError(f"{name} images are uint8 (n, c, h, w), not {images.dtype} {tuple(images.shape)}")
+    if not len(forget):
+        raise InputError("there is no image to forget")
+    if forget.shape[1:] != remember.shape[1:]:
+        raise InputError(f"forget images are {tuple(forget.shape[1:])}, remember images {tuple(remember.shape[1:])}")
+
+
+def _fingerprint(forget: Tensor, remember: Tensor, values: TamingParameters, n_bits: int, seed: int) -> str:
+    digest = hashlib.sha256(json.dumps([values.to_dict(), n_bits, seed], sort_keys=True).encode())
+    for images in (forget, remember):
+        digest.update(json.dumps(list(images.shape)).encode())
+        digest.update(images.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def bits_per_dim(nll: float, images: Tensor, n_bits: int) -> float:
+    """nll in nats as bits per dimension of the quantised image, for display."""
+    return nll / (math.prod(images.shape[1:]) * math.log(2)) + n_bits

@@ -1,0 +1,129 @@
+"""Parameters of flow taming: each with its symbol, its range and where its default comes from."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from unlearning.errors import ParameterError
+
+Engine = Literal["fast", "paper"]
+
+
+@dataclass(frozen=True)
+class TamingParameters:
+    """Parameters of both engines. "Paper" is Malnick, Avidan and Fried, WACV 2024, with its released recipe."""
+
+    engine: Engine = "fast"
+    """"fast": soonest to the same verdict with least damage. "paper": the published objective, term by term."""
+    delta: float = 4.0
+    """delta: how many sigma_R above mu_R the nll of a forgotten image shall lie, eq. 8; (0, 20]. Paper: 4."""
+    tolerance: float = 0.15
+    """epsilon / delta: z >= delta (1 - tolerance) counts as forgotten, eq. 10; [0, 1). Paper: 0.15."""
+    max_steps: int | None = None
+    """Most optimiser steps; null: 400 for "fast", 800 for "paper" (as released); [1, 100000]."""
+    learning_rate: float | None = None
+    """Adam's; null: 5e-4 for "fast" (measured), 5e-5 for "paper" (Sec. 4); (0, 1]."""
+    forget_batch: int = 8
+    """Images of D_F in a step; [1, 4096]. Paper: 8."""
+    remember_batch: int | None = None
+    """Images of D_R in a step; null: 32 for "fast" (measured), 8 for "paper" (Sec. 4); [2, 4096]."""
+    confirmation_draws: int = 10
+    """Fresh noise draws a forget image that decide whether the criterion is met; [1, 1000]. Paper: 10."""
+    statistics_images: int = 1024
+    """Most images of D_R that mu_R and sigma_R are taken over; [16, 100000]. Released recipe: 1,024."""
+    near_duplicate_rms: float = 6.0
+    """Images of D_R nearer to D_F than this, in levels of 255, leave it; [0, 255]."""
+    alpha: float = 0.6
+    """paper: weight of L_F against L_R, eq. 12; [0, 1]. Paper: 0.6."""
+    gamma: float = 0.6
+    """paper: weight of the KL terms within L_R, eq. 11; [0, 1]. Paper: 0.6."""
+    refresh_every: int = 10
+    """paper: steps between refreshes of mu_R and sigma_R; [1, 10000]. Paper: 10."""
+    keep_weight: float = 40.0
+    """fast: weight of the paired keep loss against the forget loss; [0, 100000]. Measured."""
+    margin: float = 0.3
+    """fast: the forget loss aims at delta (1 - tolerance) + margin, in sigma_R; [0, 10]. Measured."""
+    noise_draws: int = 2
+    """fast: noise draws of D_F and D_R whose frozen part is kept; [1, 64]. Measured."""
+    clip: float = 1.0
+    """fast: largest norm of a step's gradient, in sigma_R; (0, 1000000]. Measured."""
+    forget_variants: int = 4
+    """fast: augmented copies of each forget image (mirrored, moved), beside the image itself; [0, 64]. Measured."""
+    forget_shift: int = 1
+    """fast: how far, in pixels, those copies move each way; [0, 32]. Measured."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ParameterError for the first that is wrong."""
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TamingParameters":
+        """Build from JSON values, refusing unknown names, wrong types and values out of range.
+
+        Raises:
+            ParameterError: with the name and what is wrong.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ParameterError(
+                    str(name)[:80], f"is no parameter of flow taming; known: {', '.join(sorted(known))}"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON, with the engine's defaults filled in."""
+        return dataclasses.asdict(self.resolved())
+
+    def resolved(self) -> "TamingParameters":
+        """The same with every null replaced by the engine's default."""
+        defaults: dict[str, Any] = _DEFAULTS[self.engine]
+        filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **filled)
+
+
+_DEFAULTS: dict[Engine, dict[str, Any]] = {
+    "fast": {"max_steps": 400, "learning_rate": 5e-4, "remember_batch": 32},
+    "paper": {"max_steps": 800, "learning_rate": 5e-5, "remember_batch": 8},
+}
+_RANGES: dict[str, tuple[type, float, float, bool]] = {
+    # name: (type, lowest, highest, whether the lowest itself is allowed)
+    "delta": (float, 0, 20, False),
+    "tolerance": (float, 0, 0.999, True),
+    "max_steps": (int, 1, 100_000, True),
+    "learning_rate": (float, 0, 1, False),
+    "forget_batch": (int, 1, 4096, True),
+    "remember_batch": (int, 2, 4096, True),
+    "confirmation_draws": (int, 1, 1000, True),
+    "statistics_images": (int, 16, 100_000, True),
+    "near_duplicate_rms": (float, 0, 255, True),
+    "alpha": (float, 0, 1, True),
+    "gamma": (float, 0, 1, True),
+    "refresh_every": (int, 1, 10_000, True),
+    "keep_weight": (float, 0, 100_000, True),
+    "margin": (float, 0, 10, True),
+    "noise_draws": (int, 1, 64, True),
+    "clip": (float, 0, 1_000_000, False),
+    "forget_variants": (int, 0, 64, True),
+    "forget_shift": (int, 0, 32, True),
+}
+_OPTIONAL = ("max_steps", "learning_rate", "remember_batch")
+
+
+def _check(name: str, value: object) -> None:
+    if name == "engine":
+        if value not in get_args(Engine):
+            raise ParameterError(name, f"must be one of {', '.join(get_args(Engine))}, not {value!r}")
+        return
+    if value is None and name in _OPTIONAL:
+        return
+    kind, low, high, closed = _RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise ParameterError(name, f"must be a {'whole number' if kind is int else 'number'}, not {value!r}")
+    if not math.isfinite(value) or value < low or value > high or (value == low and not closed):
+        raise ParameterError(
+            name, f"must be {'at least' if closed else 'above'} {low:g} and at most {high:g}, not {value!r}"
+        )
