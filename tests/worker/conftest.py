@@ -1,0 +1,86 @@
+"""Workers and control loops as processes, and a supervisor in this one."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.database import Database
+from services.settings import Settings
+from services.storage import ObjectStorage
+from services.tenancy import Caller
+from tests.worker.helpers import HERE, Jobs, Process, control_command, worker_command
+from worker.scratch import Scratch
+from worker.supervisor import Supervisor
+
+STUB_COMMAND = (sys.executable, str(HERE / "stub_runner.py"))
+
+
+@pytest.fixture
+def jobs(database: Database, storage: ObjectStorage, caller: Caller, tmp_path: Path) -> Jobs:
+    """A tenant with a ready checkpoint, who queues jobs for the stub runner."""
+    return Jobs(database, storage, caller, tmp_path / "trace")
+
+
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[list[str]], Process]]:
+    """Starts processes on the test's settings; none survives the test."""
+    processes: list[Process] = []
+    numbers = itertools.count()
+
+    def start(command: list[str]) -> Process:
+        process = Process(command, environment, tmp_path / f"process-{next(numbers)}.log")
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.close()
+        print(f"--- {process.log.name}\n{process.log.read_text()}")
+
+
+@pytest.fixture
+def start_worker(start: Callable[[list[str]], Process]) -> Callable[[], Process]:
+    """Starts a worker with the stub runner."""
+    return lambda: start(worker_command())
+
+
+@pytest.fixture
+def start_control(start: Callable[[list[str]], Process]) -> Callable[[], Process]:
+    """Starts a control loop."""
+    return lambda: start(control_command())
+
+
+@pytest.fixture
+def make_supervisor(
+    settings: Settings, database: Database, storage: ObjectStorage
+) -> Iterator[Callable[..., Supervisor]]:
+    """Supervisors in this process, each as if it were a worker of its own."""
+    scratches: list[Scratch] = []
+
+    def make(**changes: object) -> Supervisor:
+        scratch = Scratch(settings.scratch_dir)
+        scratches.append(scratch)
+        arguments: dict[str, object] = {
+            "worker": f"worker-{len(scratches)}",
+            "runner_command": STUB_COMMAND,
+            "settings": settings,
+            "database": database,
+            "storage": storage,
+            "scratch": scratch,
+        }
+        return Supervisor(**{**arguments, **changes})  # type: ignore[arg-type]
+
+    yield make
+    for scratch in scratches:
+        scratch.close()
+
+
+@pytest.fixture
+def supervisor(make_supervisor: Callable[..., Supervisor]) -> Supervisor:
+    """One supervisor with the stub runner."""
+    return make_supervisor()

@@ -1,0 +1,220 @@
+"""What the tests of the worker share: jobs for the stub runner, processes, and waiting for conditions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import select
+
+from services import object_keys
+from services.database import Database
+from services.ids import new_id
+from services.storage import ObjectStorage
+from services.tables import Checkpoint, ImageSet, Job, JobEvent
+from services.tenancy import Caller
+
+T = TypeVar("T")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+QUEUE = "gpu.flow"
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+def eventually(question: Callable[[], T], *, within: float = 20.0, what: str = "") -> T:
+    """Ask until the answer is true. The one place that sleeps."""
+    limit = time.monotonic() + within
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        if time.monotonic() > limit:
+            raise AssertionError(f"still not after {within:.0f} s: {what or question}")
+        time.sleep(0.02)
+
+
+class Jobs:
+    """Jobs of one tenant whose runner is the stub."""
+
+    def __init__(self, database: Database, storage: ObjectStorage, caller: Caller, trace: Path) -> None:
+        self.database, self.storage, self.caller, self.trace_path = database, storage, caller, trace
+        self.tenant_id = caller.tenant_id
+        self.checkpoint_id = new_id("ckpt")
+        weights = storage.put(
+            object_keys.checkpoint_prefix(self.tenant_id, self.checkpoint_id) + "weights.safetensors",
+            b"weights",
+            media_type="application/octet-stream",
+        )
+        with database.transaction() as session:
+            session.add(
+                Checkpoint(
+                    id=self.checkpoint_id,
+                    tenant_id=self.tenant_id,
+                    name="base",
+                    status="ready",
+                    declared={},
+                    manifest={"family": "glow"},
+                    source_bytes=weights.bytes,
+                    source_sha256=weights.sha256,
+                    weights_key=weights.key,
+                    weights_bytes=weights.bytes,
+                    weights_sha256=weights.sha256,
+                )
+            )
+
+    def image_set(self, *, hours: float = 1.0) -> str:
+        """A set of two images that are no images."""
+        from datetime import UTC, datetime, timedelta
+
+        image_set_id = new_id("imgs")
+        images = []
+        for index in range(2):
+            key = object_keys.image(self.tenant_id, image_set_id, index)
+            stored = self.storage.put(key, b"image %d" % index, media_type="image/png")
+            images.append({"index": index, "sha256": stored.sha256, "bytes": stored.bytes})
+        with self.database.transaction() as session:
+            session.add(
+                ImageSet(
+                    id=image_set_id,
+                    tenant_id=self.tenant_id,
+                    count=2,
+                    total_bytes=14,
+                    images=images,
+                    expires_at=datetime.now(UTC) + timedelta(hours=hours),
+                )
+            )
+        return image_set_id
+
+    def queue(self, *, priority: int = 0, queue: str = QUEUE, **parameters: Any) -> str:
+        """A queued job; the parameters are the stub's."""
+        job_id = new_id("job")
+        image_set_id = parameters.pop("image_set", None) or self.image_set()
+        criteria = parameters.pop("criteria", {})
+        request = {
+            "method": "flow-taming",
+            "target": {"images": image_set_id},
+            "remember": {"generated": 64},
+            "parameters": {"trace": str(self.trace_path), **parameters},
+            "criteria": criteria,
+        }
+        with self.database.transaction() as session:
+            session.add(
+                Job(
+                    id=job_id,
+                    tenant_id=self.tenant_id,
+                    kind="forget",
+                    queue=queue,
+                    priority=priority,
+                    checkpoint_id=self.checkpoint_id,
+                    request=request,
+                    seed=7,
+                )
+            )
+        return job_id
+
+    def row(self, job_id: str) -> Job:
+        """The job's row as it is now."""
+        with self.database.transaction() as session:
+            return session.scalars(select(Job).where(Job.id == job_id)).one()
+
+    def events(self, job_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """What happened to the job, in order."""
+        with self.database.transaction() as session:
+            rows = session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id))
+            return [(row.type, row.data) for row in rows]
+
+    def trace(self, job_id: str) -> list[dict[str, Any]]:
+        """The ticks of the job's runners."""
+        if not self.trace_path.exists():
+            return []
+        lines = [json.loads(line) for line in self.trace_path.read_text().splitlines()]
+        return [line for line in lines if line["job"] == job_id]
+
+    def starts(self, job_id: str) -> list[dict[str, Any]]:
+        """The runners that were started."""
+        return [line for line in self.trace(job_id) if line["what"] == "start"]
+
+    def at_step(self, job_id: str, step: int) -> Callable[[], bool]:
+        """Whether a runner has reached the step."""
+        return lambda: any(line["step"] >= step and line["what"] == "step" for line in self.trace(job_id))
+
+    def has_state(self, job_id: str) -> Callable[[], bool]:
+        """Whether a state is in the store and named by the row."""
+        return lambda: self.row(job_id).resume is not None
+
+    def status(self, job_id: str, *wanted: str) -> Callable[[], bool]:
+        """Whether the job has one of these statuses."""
+        return lambda: self.row(job_id).status in wanted
+
+    def end(self, job_id: str, *, within: float = 30.0) -> Job:
+        """The row once the job has ended."""
+        eventually(self.status(job_id, *TERMINAL), within=within, what=f"{job_id} has ended")
+        return self.row(job_id)
+
+    def keys(self, job_id: str) -> list[str]:
+        """What the job has in the store, below its own prefix."""
+        prefix = object_keys.job_prefix(self.tenant_id, job_id)
+        return sorted(key.removeprefix(prefix) for key in self.storage.keys(prefix))
+
+
+class Process:
+    """A child in a session of its own, its output in a file."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+                stdout=stream,
+                stderr=stream,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self._process.wait()
+
+    def wait(self, within: float) -> int:
+        return self._process.wait(within)
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        if self.running():
+            self.send(signal.SIGCONT)
+            self.kill()
+
+
+def control_command() -> list[str]:
+    return [sys.executable, "-m", "worker.control"]
+
+
+def worker_command(queues: str = QUEUE) -> list[str]:
+    return [sys.executable, str(HERE / "worker_process.py"), queues]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process still computes: a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")

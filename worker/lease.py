@@ -1,0 +1,142 @@
+"""Holding a lease: a thread that renews it, carries the progress along, and learns of a cancel or a loss."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from services import leases
+from services.database import Database
+from services.leases import Claim
+from worker.patience import database_away
+
+__all__ = ["LeaseKeeper"]
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_PER_LEASE = 4
+SLOWEST_VISIT_SECONDS = 2.0  # a cancel is seen after this at the latest
+PROGRESS_SECONDS = 1.0  # between two writes of progress in the same phase
+RETRY_SECONDS = 0.25
+
+
+@dataclass
+class _Note:
+    phase: str
+    progress: dict[str, Any] | None
+
+
+class LeaseKeeper:
+    """Renews the lease of one claim until it is stopped. Every renewal that arrives is passed on as a beat.
+
+    The time that counts is measured on this host from before the renewal was sent: that is never later than the
+    database's own count, so that ``held`` turns false before anybody else can be given the job.
+    """
+
+    def __init__(self, database: Database, claim: Claim, *, ttl_seconds: float, claimed_at: float) -> None:
+        self._database = database
+        self._claim = claim
+        self._ttl = ttl_seconds
+        self._renewed_at = claimed_at
+        self._lost = False
+        self._beat: Callable[[], None] | None = None
+        self._notes: list[_Note] = []
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopped = threading.Event()
+        self.cancel = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{claim.job_id}", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._wake.set()
+
+    @property
+    def held(self) -> bool:
+        """Whether nobody else can have the job: not told otherwise, and renewed less than a lease ago."""
+        return not self._lost and time.monotonic() < self._renewed_at + self._ttl
+
+    @property
+    def taken(self) -> bool:
+        """Whether the database said that the lease is gone."""
+        return self._lost
+
+    def beat_into(self, beat: Callable[[], None] | None) -> None:
+        """Call this after every renewal from now on."""
+        self._beat = beat
+        if beat is not None and self.held:
+            beat()
+
+    def note(self, phase: str, progress: dict[str, Any] | None = None) -> None:
+        """Show where the attempt is, soon: at once for a new phase, else with the next visit."""
+        with self._lock:
+            if self._notes and self._notes[-1].phase == phase:
+                self._notes[-1].progress = progress if progress is not None else self._notes[-1].progress
+            else:
+                self._notes.append(_Note(phase, progress))
+        self._wake.set()
+
+    def take_notes(self) -> list[tuple[str, dict[str, Any] | None]]:
+        """What has not been written yet, for the transaction that ends the attempt."""
+        with self._lock:
+            notes, self._notes = self._notes, []
+        return [(note.phase, note.progress) for note in notes]
+
+    def _keep(self) -> None:
+        pause = min(self._ttl / RENEWALS_PER_LEASE, SLOWEST_VISIT_SECONDS)
+        phase = ""
+        while not self._stopped.is_set() and not self._lost:
+            with self._lock:
+                notes, self._notes = self._notes, []
+            before = time.monotonic()
+            try:
+                answer = self._visit(notes)
+            except Exception as error:
+                if not database_away(error):
+                    logger.exception("%s attempt %d: renewal failed", self._claim.job_id, self._claim.attempt)
+                with self._lock:
+                    self._notes = notes + self._notes
+                self._stopped.wait(RETRY_SECONDS)
+                continue
+            if answer == "lost":
+                self._lost = True
+                return
+            self._renewed_at = before
+            if answer == "cancel":
+                self.cancel.set()
+            if (beat := self._beat) is not None:
+                beat()
+            if notes:
+                phase = notes[-1].phase
+            self._rest(before, pause, phase)
+
+    def _rest(self, since: float, pause: float, phase: str) -> None:
+        """Wait for the next visit: sooner for a new phase, after a second for progress in the old one."""
+        while not self._stopped.is_set():
+            self._wake.clear()
+            with self._lock:
+                new_phase = any(note.phase != phase for note in self._notes)
+                waiting = bool(self._notes)
+            if new_phase:
+                return
+            left = since + (min(pause, PROGRESS_SECONDS) if waiting else pause) - time.monotonic()
+            if left <= 0:
+                return
+            self._wake.wait(left)
+
+    def _visit(self, notes: list[_Note]) -> str:
+        claim = self._claim
+        with self._database.transaction() as session:
+            answer = leases.renew(session, claim.job_id, claim.token, ttl_seconds=self._ttl)
+            if answer != "lost":
+                for note in notes:
+                    leases.record_progress(session, claim, phase=note.phase, progress=note.progress)
+        return answer

@@ -1,0 +1,151 @@
+"""A worker process: ``python -m worker.main --queues gpu.flow,cpu.convert [--slots 1] [--name HOST]``.
+
+It answers doorbells with one supervisor a slot, says every few seconds that it lives, and drains on SIGTERM or SIGINT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Sequence
+
+from celery import signals
+
+from services import leases
+from services.database import Database
+from services.settings import Settings, get_settings
+from services.storage import ObjectStorage
+from worker.celery_app import make_app
+from worker.logs import configure_logging
+from worker.process import RUNNER_COMMAND
+from worker.scratch import Scratch
+from worker.supervisor import Supervisor
+
+__all__ = ["main", "serve"]
+
+logger = logging.getLogger(__name__)
+
+SEEN_SECONDS = 3.0  # well within leases.WORKER_SILENT_SECONDS
+SEEN_AGAIN_SECONDS = 0.5  # after a fault
+EXIT_SECONDS = 10.0  # past the drain's grace, whatever still hangs is left behind
+
+
+class Presence(threading.Thread):
+    """Says that the worker lives, whatever the database does; takes it back when the worker leaves."""
+
+    def __init__(self, database: Database, worker: str, queues: list[str], slots: int) -> None:
+        super().__init__(name="presence", daemon=True)
+        self._database, self._worker, self._queues, self._slots = database, worker, queues, slots
+        self._leaving = threading.Event()
+
+    def run(self) -> None:
+        """Until the worker leaves."""
+        away = False
+        while not self._leaving.is_set():
+            try:
+                with self._database.transaction() as session:
+                    leases.see_worker(session, self._worker, self._queues, self._slots)
+            except Exception as error:
+                if not away:
+                    logger.warning("the database does not answer (%s); going on trying", type(error).__name__)
+                away = True
+            else:
+                if away:
+                    logger.info("the database answers again")
+                away = False
+            self._leaving.wait(SEEN_AGAIN_SECONDS if away else SEEN_SECONDS)
+
+    def leave(self) -> None:
+        """Get no further doorbells. A database that is away will notice the silence instead."""
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        self.join(SEEN_SECONDS)
+        try:
+            with self._database.transaction() as session:
+                leases.retire_worker(session, self._worker)
+        except Exception as error:
+            logger.warning("leaving without a word to the database (%s)", type(error).__name__)
+
+
+def serve(
+    settings: Settings,
+    *,
+    queues: list[str],
+    slots: int = 1,
+    name: str | None = None,
+    runner_command: Sequence[str] = RUNNER_COMMAND,
+) -> int:
+    """Work until told to stop. Returns the exit status."""
+    # Unique to the process: a lease found under this name was taken by this process and by no other.
+    worker_id = f"{name or socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    database = Database(settings.database_url.get_secret_value())
+    scratch = Scratch(settings.scratch_dir)
+    supervisor = Supervisor(
+        settings, database, ObjectStorage(settings), scratch, worker=worker_id, runner_command=runner_command
+    )
+
+    def run(job_id: str) -> None:
+        supervisor.run(job_id)
+
+    app = make_app(settings, run)
+    presence = Presence(database, worker_id, queues, slots)
+
+    def drain(**_: object) -> None:
+        # Runs inside Celery's signal handler: flags and threads only.
+        supervisor.start_draining()
+        threading.Thread(target=presence.leave, name="leave", daemon=True).start()
+        last = threading.Timer(settings.drain_grace_seconds + EXIT_SECONDS, os._exit, args=(1,))
+        last.daemon = True
+        last.start()
+
+    signals.worker_shutting_down.connect(drain, weak=False)
+    signals.setup_logging.connect(_logging_is_ours, weak=False)
+    worker = app.Worker(
+        hostname=worker_id,
+        pool="threads",
+        concurrency=slots,
+        queues=queues,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    presence.start()
+    logger.info("worker %s started: queues %s, slots %d", worker_id, ",".join(queues), slots)
+    try:
+        worker.start()
+    finally:
+        supervisor.start_draining()
+        presence.leave()
+        scratch.close()
+        signals.worker_shutting_down.disconnect(drain)
+        signals.setup_logging.disconnect(_logging_is_ours)
+    logger.info("worker %s stopped", worker_id)
+    return 0
+
+
+def _logging_is_ours(**_: object) -> None:
+    """Celery configures no logging where this signal has a receiver."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and work."""
+    parser = argparse.ArgumentParser(prog="python -m worker.main", description="Run jobs of the given queues.")
+    parser.add_argument("--queues", required=True, help="comma-separated, such as gpu.flow,cpu.convert")
+    parser.add_argument("--slots", type=int, default=1, help="jobs at once; one for each GPU (default: 1)")
+    parser.add_argument("--name", help="how the worker is called in the logs (default: the host's name)")
+    arguments = parser.parse_args(argv)
+    queues = [queue.strip() for queue in arguments.queues.split(",") if queue.strip()]
+    if not queues or arguments.slots < 1:
+        parser.error("give at least one queue and one slot")
+    configure_logging()
+    return serve(get_settings(), queues=queues, slots=arguments.slots, name=arguments.name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""Waiting out a server that is away: which errors mean away, and how long to go on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+__all__ = ["GaveUp", "database_away", "patiently", "store_away"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 2.0
+
+
+class GaveUp(Exception):
+    """The server stayed away for as long as the caller could wait."""
+
+
+def database_away(error: BaseException) -> bool:
+    """Whether the statement may succeed when it is sent again: the fault lay with the connection or the server."""
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        return True
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def store_away(error: BaseException) -> bool:
+    """Whether the object store did not answer, or answered with a fault of its own."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return status >= 500 or status in (408, 429)
+    # boto3's transfers wrap what they met in exceptions of their own, which derive from neither of botocore's trees.
+    return isinstance(error, BotoCoreError | ConnectionError | TimeoutError) or type(error).__module__.startswith(
+        ("boto3.", "s3transfer.")
+    )
+
+
+def patiently(
+    call: Callable[[], T],
+    *,
+    away: Callable[[BaseException], bool],
+    going_on: Callable[[], bool],
+    what: str,
+    pause: threading.Event | None = None,
+) -> T:
+    """Repeat the call while its server is away.
+
+    Args:
+        call: must be safe to repeat.
+        away: which errors to wait out; others rise.
+        going_on: asked before each further try.
+        what: for the log.
+        pause: an event that ends a pause early, such as a shutdown.
+
+    Raises:
+        GaveUp: ``going_on`` said no.
+    """
+    seconds = FIRST_PAUSE_SECONDS
+    tries = 0
+    while True:
+        try:
+            result = call()
+        except Exception as error:
+            if not away(error):
+                raise
+            if tries == 0:
+                logger.warning("%s: no answer (%s); trying again", what, type(error).__name__)
+            tries += 1
+            if not going_on():
+                raise GaveUp(what) from error
+        else:
+            if tries:
+                logger.info("%s: answered after %d tries", what, tries)
+            return result
+        if pause is None:
+            time.sleep(seconds)
+        else:
+            pause.wait(seconds)
+        seconds = min(2 * seconds, LONGEST_PAUSE_SECONDS)
