@@ -1,0 +1,69 @@
+# forgetd: make demo | test | check | up | bench | clean. `make` alone lists them.
+#
+# torch: from the default index Linux gets the CUDA build (about 3 GB). Where an index has a build for CPUs alone, name
+# it: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+DOCKERFILES := Dockerfile Dockerfile.gpu
+COMPOSE_FILES := docker-compose.yml docker-compose.worker.yml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test check lint types imports containers bench clean
+
+help: ## list these tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.run ## forget a real person, end to end, on this machine (no Docker, no root)
+	$(BIN)/forgetd demo
+
+up: $(VENV)/.run ## run the whole service on this machine until Ctrl-C
+	$(BIN)/forgetd up
+
+test: $(VENV)/.dev ## run every test, on the real servers
+	$(BIN)/pytest
+
+check: lint types imports containers ## run every linter: style, types, import contracts, container files
+
+lint: $(VENV)/.dev ## style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## types (mypy, strict)
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev ## the arrows between the rooms (import-linter)
+	PYTHONPATH=. $(BIN)/lint-imports
+
+containers: $(VENV)/.dev ## Dockerfiles and compose files
+	$(BIN)/hadolint $(DOCKERFILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec $(COMPOSE_FILES)
+	$(BIN)/compose-lint check --quiet --no-env $(COMPOSE_FILES)
+
+bench: $(VENV)/.run ## measure flow taming over all people, ours against the released recipe
+	$(BIN)/python -m benchmarks.taming
+
+clean: ## remove what these tasks made here (virtual environment, caches); never a data folder
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What it takes to run forgetd, and then what it takes to work on it.
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing forgetd into $(VENV) (the first time takes some minutes) ..."
+	@$(PIP) --editable '.[worker,local,examples]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing forgetd and its tools into $(VENV) (the first time takes some minutes) ..."
+	@$(PIP) --editable '.[worker,local,examples,dev]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "forgetd needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+		echo "Name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
