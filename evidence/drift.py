@@ -95,8 +95,8 @@ def nll_drift(base: FloatArray, tamed: FloatArray, sigma_base: float) -> Drift:
     return Drift(*_mean_and_error(np.abs(tamed - base) / sigma_base), n=len(base))
 
 
-def draw_samples(flow: Flow, n: int, *, seed: int, batch_size: int = BATCH) -> Tensor:
-    """n samples (n, c, h, w) float32 on the CPU at temperature 1; the same seed gives two models the same latents."""
+def draw_samples(flow: Flow, n: int, *, seed: int, temperature: float = 1.0, batch_size: int = BATCH) -> Tensor:
+    """n samples (n, c, h, w) float32 on the CPU; the same seed gives two models the same latents."""
     if n < 1:
         raise ValueError(f"at least one sample must be drawn, got {n}")
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def draw_samples(flow: Flow, n: int, *, seed: int, batch_size: int = BATCH) -> T
         seeds = [derive_seed(seed, "samples", index) for index in range(len(sizes))]
         return torch.cat(
             [
-                flow.sample(size, generator=torch.Generator().manual_seed(one)).cpu()
+                flow.sample(size, generator=torch.Generator().manual_seed(one), temperature=temperature).cpu()
                 for size, one in zip(sizes, seeds, strict=True)
             ]
         )

@@ -36,8 +36,11 @@ __all__ = ["KL_SAMPLES", "NEIGHBOURS", "Progress", "evaluate_taming"]
 NEIGHBOURS = 5
 """Nearest images to remember that each forget image contributes to D_R^NN."""
 
-KL_SAMPLES = 256
-"""Samples of the base model for the divergence and the health of samples."""
+KL_SAMPLES = 128
+"""Samples of the base model for the divergence."""
+
+HEALTH_SAMPLES = 32
+"""Of these, as many as are looked at for their health, beside as many of the tamed model."""
 
 SIGMA_RATIO_RANGE = (0.9, 1.1)
 """Outside of it the likelihoods to remember have widened or narrowed enough to be named in the notes."""
@@ -83,12 +86,13 @@ def evaluate_taming(
         delta: threshold in units of sigma_R, above 0.
         tolerance: share of delta in [0, 1).
         seed: of noise and samples; never one that the method trained with.
-        draws: noise draws an image of D_F, D'_F and D_R^id.
-        remember_draws: noise draws an image of D_R, and so of D_R^NN. One draw moves an image by some .05 sigma_R,
-            mu_R by that over sqrt(n): a few suffice where time counts. The report names the number.
+        draws: noise draws an image of D_F and D'_F, where single images count.
+        remember_draws: noise draws an image of D_R, D_R^NN and D_R^id, which are read as a whole. One draw moves an
+            image by some .05 sigma_R and mu_R by that over sqrt(n): one suffices where time counts. The report
+            names the number.
         two_sided: as the paper's stop; the default takes overshooting as forgotten.
         neighbours: images of D_R that each forget image contributes to D_R^NN; 0 leaves the set out.
-        kl_samples: samples for divergence and health; 0 leaves both out.
+        kl_samples: base samples for divergence and health; 0 leaves both out.
         batch_size: images that pass through a model at once.
         on_progress: called with (step, total) after every batch.
     """
@@ -99,7 +103,7 @@ def evaluate_taming(
     }  # fmt: skip
     images = {key: value for key, value in given.items() if value is not None}
     _check_shapes(images)
-    set_draws = {key: remember_draws if key == "remember" else draws for key in images}
+    set_draws = {key: draws if key in ("forget", "same_identity") else remember_draws for key in images}
     total = sum(2 * likelihood.batch_count(len(images[key]), set_draws[key], batch_size) for key in images)
     progress = _Steps(on_progress, total + (2 if kl_samples else 0))
 
@@ -139,7 +143,7 @@ def evaluate_taming(
         normality_base=normal[0],
         normality_tamed=normal[1],
         primary=choose_primary(*normal),
-        neighbours_method=f"{neighbours} nearest to each forget image by {embedding.method}",
+        neighbours_method=f"the {neighbours} nearest to each forget image; {embedding.method}",
         drift_remember=_drift(measured["remember"], references[0]),
         drift_held_out=_drift(measured["held_out"], references[0]) if "held_out" in measured else None,
         kl=kl,
@@ -249,9 +253,10 @@ def _samples(
     seed = derive_seed(seed, "evaluation", "samples")
     drawn = draw_samples(base, n, seed=seed, batch_size=batch_size)
     kl = kl_per_dim(base, tamed, drawn, batch_size=batch_size)
-    health_base = sample_health(base, drawn, batch_size=batch_size)
+    looked_at = drawn[:HEALTH_SAMPLES]
+    health_base = sample_health(base, looked_at, batch_size=batch_size)
     progress.advance()
-    again = draw_samples(tamed, n, seed=seed, batch_size=batch_size)
+    again = draw_samples(tamed, len(looked_at), seed=seed, batch_size=batch_size)
     health_tamed = sample_health(tamed, again, batch_size=batch_size)
     progress.advance()
     return kl, health_base, health_tamed

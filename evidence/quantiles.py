@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from evidence.likelihood import FloatArray
 
@@ -136,7 +136,7 @@ class Normality:
         statistic: largest distance between the two distribution functions, in [0, 1]; lower is more normal.
         p_value: share of simulated normal samples, fitted likewise, whose statistic is no smaller (Lilliefors'
             setting by Monte Carlo, Lilliefors 1967); NaN with too few values.
-        p_value_naive: the textbook p-value that ignores the fit, the form usually quoted; too large.
+        p_value_naive: the textbook p-value (asymptotic) that ignores the fit, the form usually quoted; too large.
         skew: third standardised moment; 0 for a normal.
         excess_kurtosis: fourth standardised moment less 3; 0 for a normal.
         rejected: p_value < ALPHA; None where there are too few values to tell.
@@ -176,7 +176,7 @@ def quantile_drop(before: FloatArray, after: FloatArray, *, confidence: float = 
     value = float(drops.mean())
     if n == 1:
         return QuantileDrop(value, None, None, n, confidence)
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1) * drops.std(ddof=1) / math.sqrt(n))
+    reach = float(special.stdtrit(n - 1, (1 + confidence) / 2) * drops.std(ddof=1) / math.sqrt(n))
     return QuantileDrop(value, max(-1.0, value - reach), min(1.0, value + reach), n, confidence)
 
 
@@ -199,7 +199,7 @@ def normality(values: FloatArray, *, simulations: int = SIMULATIONS, seed: int =
         n=n,
         statistic=statistic,
         p_value=p_value,
-        p_value_naive=float(stats.kstwo.sf(statistic, n)),
+        p_value_naive=float(special.kolmogorov(math.sqrt(n) * statistic)),
         skew=float((standard**3).mean()),
         excess_kurtosis=float((standard**4).mean() - 3),
         rejected=p_value < ALPHA,

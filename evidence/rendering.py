@@ -1,0 +1,97 @@
+"""The report as one HTML page that opens offline: drawn from the report's data alone, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from evidence.plots import density_svg, losses_svg, qq_svg
+from evidence.records import SetKey
+from evidence.schema import Interval, Report
+
+__all__ = ["render_html"]
+
+NOTHING = "n/a"
+
+SYMBOLS: dict[SetKey, Markup] = {
+    "forget": Markup("<var>D</var><sub>F</sub>"),
+    "same_identity": Markup("<var>D</var>&prime;<sub>F</sub>"),
+    "remember": Markup("<var>D</var><sub>R</sub>"),
+    "held_out": Markup("<var>D</var><sub>R</sub><sup>id</sup>"),
+    "neighbours": Markup("<var>D</var><sub>R</sub><sup>NN</sup>"),
+}
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def render_html(report: Report, *, sample_grid_png: bytes | None = None) -> str:
+    """One self-contained page: no script, no request, no picture of anyone unless one is passed.
+
+    Args:
+        report: what to show; `Report.from_json` of a stored file gives the same page.
+        sample_grid_png: opt-in picture of samples before and after (`evidence.pictures.sample_grid`).
+    """
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            symbols=SYMBOLS,
+            # Figures are markup of our own making; matplotlib escapes the texts in them.
+            density=Markup(density_svg(report.distributions)),  # noqa: S704
+            qq=Markup(qq_svg(report.distributions)),  # noqa: S704
+            losses=Markup(losses_svg(report.losses)) if report.losses else None,  # noqa: S704
+            picture=None if sample_grid_png is None else base64.b64encode(sample_grid_png).decode("ascii"),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=_number, quantile=_quantile, interval=_interval, plain=_plain, seconds=_seconds)
+    return environment
+
+
+def _number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    if value is None:
+        return NOTHING
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return text.replace("-", "−")  # noqa: RUF001
+
+
+def _quantile(value: float | None) -> str:
+    """Three decimals, or powers of ten where these would read as zero."""
+    if value is None:
+        return NOTHING
+    if value == 0 or abs(value) >= 0.001:
+        return _number(value)
+    power = math.floor(math.log10(abs(value)))
+    return f"{_number(value / 10**power, 1)}·10{str(power).translate(SUPERSCRIPTS)}"
+
+
+def _interval(estimate: Interval) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "too few images"
+    return f"{_number(estimate.low, signed=True)} to {_number(estimate.high, signed=True)}"
+
+
+def _plain(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _seconds(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1f} s"
