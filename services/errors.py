@@ -1,12 +1,15 @@
 """The tree of refusals: each leaf is one RFC 9457 problem, and its docstring is its title.
 
 ForgetdError
-├── NotFound            404  unknown-resource
-├── Unauthenticated     401  missing-key, wrong-key
-├── Conflict            409  checkpoint-not-ready, result-not-available, ...
-├── Unprocessable       422  invalid-request and what is wrong with content
-├── TooLarge            413
-└── Unavailable         503  a server behind us does not answer
+├── Unauthenticated       401  missing-key, wrong-key
+├── NotFound              404  not-found, unknown-path
+├── MethodNotAllowed      405
+├── Conflict              409  checkpoint-not-ready, result-not-available, ...
+├── TooLarge              413
+├── UnsupportedMediaType  415
+├── Unprocessable         422  invalid-request and what is wrong with content
+├── Internal              500  a defect of ours; the log has more under the reference
+└── Unavailable           503  a server behind us does not answer
 """
 
 from __future__ import annotations
@@ -22,15 +25,22 @@ __all__ = [
     "IdempotencyKeyReused",
     "ImageRefused",
     "ImageSetErased",
+    "ImageSetInUse",
+    "Internal",
     "InvalidRequest",
+    "JobEnded",
+    "MethodNotAllowed",
     "MissingKey",
+    "NotACheckpoint",
     "NotFound",
     "ResultNotAvailable",
     "ResultWithheld",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
+    "UnknownPath",
     "Unprocessable",
+    "UnsupportedMediaType",
     "WrongKey",
 ]
 
@@ -95,6 +105,19 @@ class NotFound(ForgetdError):
     slug = "not-found"
 
 
+class UnknownPath(NotFound):
+    """There is nothing at this path."""
+
+    slug = "unknown-path"
+
+
+class MethodNotAllowed(ForgetdError):
+    """This path does not answer to this method."""
+
+    status = 405
+    slug = "method-not-allowed"
+
+
 class Conflict(ForgetdError):
     """The resource is in a state that does not allow this."""
 
@@ -114,6 +137,18 @@ class ImageSetErased(Conflict):
     slug = "image-set-erased"
 
 
+class ImageSetInUse(Conflict):
+    """A job that has not ended reads these images."""
+
+    slug = "image-set-in-use"
+
+
+class JobEnded(Conflict):
+    """The job has already ended."""
+
+    slug = "job-ended"
+
+
 class ResultNotAvailable(Conflict):
     """The job has not produced this."""
 
@@ -131,6 +166,13 @@ class TooLarge(ForgetdError):
 
     status = 413
     slug = "too-large"
+
+
+class UnsupportedMediaType(ForgetdError):
+    """The body is of a media type that this path does not take."""
+
+    status = 415
+    slug = "unsupported-media-type"
 
 
 class Unprocessable(ForgetdError):
@@ -158,6 +200,12 @@ class DigestMismatch(Unprocessable):
     slug = "digest-mismatch"
 
 
+class NotACheckpoint(Unprocessable):
+    """The file is not a checkpoint of a known format."""
+
+    slug = "not-a-checkpoint"
+
+
 class ImageRefused(Unprocessable):
     """An image was refused."""
 
@@ -168,6 +216,13 @@ class IdempotencyKeyReused(Unprocessable):
     """This Idempotency-Key was used for a different request."""
 
     slug = "idempotency-key-reused"
+
+
+class Internal(ForgetdError):
+    """Something went wrong on our side."""
+
+    status = 500
+    slug = "internal"
 
 
 class Unavailable(ForgetdError):

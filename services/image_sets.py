@@ -5,16 +5,16 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from services import audit, object_keys
-from services.errors import ImageSetErased, NotFound
+from services.errors import ImageSetErased, ImageSetInUse, NotFound
 from services.storage import ObjectStorage
 from services.tables import ImageSet, Job
 from services.tenancy import Caller
 
-__all__ = ["erasable", "erase", "get", "live", "register"]
+__all__ = ["begin", "complete", "discard", "erasable", "erase", "erase_now", "get", "live", "register"]
 
 OPEN = ("queued", "running", "cancelling")
 
@@ -22,25 +22,54 @@ OPEN = ("queued", "running", "cancelling")
 def register(
     session: Session, caller: Caller, image_set_id: str, *, images: list[dict[str, Any]], hours: float
 ) -> ImageSet:
-    """Record a set whose images are in the store: ``[{index, width, height, mode, bytes, sha256}]``."""
-    row = ImageSet(
-        id=image_set_id,
-        tenant_id=caller.tenant_id,
-        count=len(images),
-        total_bytes=sum(image["bytes"] for image in images),
-        images=images,
-        expires_at=func.now() + timedelta(hours=hours),
-    )
-    session.add(row)
+    """Record a set whose images are already in the store, in one step."""
+    begin(session, caller, image_set_id, hours=hours)
     session.flush()
+    return complete(session, caller, image_set_id, images)
+
+
+def begin(session: Session, caller: Caller, image_set_id: str, *, hours: float) -> None:
+    """Record that images are about to be stored, so that they are erased even if this process dies meanwhile.
+
+    Until ``complete`` the set has no images and is nobody's to see.
+    """
+    session.add(
+        ImageSet(
+            id=image_set_id,
+            tenant_id=caller.tenant_id,
+            count=0,
+            total_bytes=0,
+            images=[],
+            expires_at=func.now() + timedelta(hours=hours),
+        )
+    )
+
+
+def complete(session: Session, caller: Caller, image_set_id: str, images: list[dict[str, Any]]) -> ImageSet:
+    """Show a set whose images are in the store: ``[{index, width, height, mode, bytes, sha256}]``."""
+    row = session.scalars(
+        update(ImageSet)
+        .where(ImageSet.tenant_id == caller.tenant_id, ImageSet.id == image_set_id, ImageSet.erased_at.is_(None))
+        .values(count=len(images), total_bytes=sum(image["bytes"] for image in images), images=images)
+        .returning(ImageSet)
+    ).one()
     audit.record(session, caller.tenant_id, actor=caller.key_id, action="image_set.uploaded", subject=row.id)
-    session.refresh(row)
     return row
+
+
+def discard(session: Session, storage: ObjectStorage, caller: Caller, image_set_id: str) -> None:
+    """Undo ``begin``: a refused upload leaves neither object nor row."""
+    storage.erase(object_keys.image_set_prefix(caller.tenant_id, image_set_id))
+    session.execute(delete(ImageSet).where(ImageSet.tenant_id == caller.tenant_id, ImageSet.id == image_set_id))
+
+
+def _owned(tenant_id: str, image_set_id: str) -> ColumnElement[bool]:
+    return and_(ImageSet.tenant_id == tenant_id, ImageSet.id == image_set_id, ImageSet.count > 0)
 
 
 def get(session: Session, tenant_id: str, image_set_id: str) -> ImageSet:
     """A caller's image set; raises ``NotFound``."""
-    row = session.scalar(select(ImageSet).where(ImageSet.tenant_id == tenant_id, ImageSet.id == image_set_id))
+    row = session.scalar(select(ImageSet).where(_owned(tenant_id, image_set_id)))
     if row is None:
         raise NotFound(f"There is no image set {image_set_id}. Upload one: POST /image-sets.")
     return row
@@ -48,7 +77,7 @@ def get(session: Session, tenant_id: str, image_set_id: str) -> ImageSet:
 
 def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -> ImageSet:
     """A set whose images are still there, locked against erasure until the transaction ends."""
-    query = select(ImageSet).where(ImageSet.tenant_id == tenant_id, ImageSet.id == image_set_id)
+    query = select(ImageSet).where(_owned(tenant_id, image_set_id))
     row = session.scalar(query.with_for_update(read=True))
     if row is None:
         raise NotFound(
@@ -71,21 +100,7 @@ def erasable(session: Session, *, limit: int = 20) -> list[ImageSet]:
     target = Job.request["target"]["images"].astext
     used = select(target).where(Job.kind == "forget", Job.tenant_id == ImageSet.tenant_id, target == ImageSet.id)
     ended = used.where(Job.finished_at.is_not(None)).exists()
-    still_read = (
-        select(Job.id)
-        .where(
-            Job.tenant_id == ImageSet.tenant_id,
-            Job.status.in_(OPEN),
-            or_(
-                target == ImageSet.id,
-                Job.request["remember"]["images"].astext == ImageSet.id,
-                Job.request["evaluation"]["same_identity"]["images"].astext == ImageSet.id,
-                Job.request["evaluation"]["held_out"]["images"].astext == ImageSet.id,
-            ),
-        )
-        .exists()
-    )
-    due = or_(ImageSet.expires_at < func.now(), ended & ~still_read)
+    due = or_(ImageSet.expires_at < func.now(), ended & ~_still_read())
     return list(
         session.scalars(
             select(ImageSet).where(ImageSet.erased_at.is_(None), due).limit(limit).with_for_update(skip_locked=True)
@@ -93,7 +108,43 @@ def erasable(session: Session, *, limit: int = 20) -> list[ImageSet]:
     )
 
 
-def erase(session: Session, storage: ObjectStorage, row: ImageSet, *, why: str) -> int:
+def _still_read() -> ColumnElement[bool]:
+    """Whether an open job reads the set of the enclosing statement."""
+    return (
+        select(Job.id)
+        .where(
+            Job.tenant_id == ImageSet.tenant_id,
+            Job.status.in_(OPEN),
+            or_(
+                Job.request["target"]["images"].astext == ImageSet.id,
+                Job.request["remember"]["images"].astext == ImageSet.id,
+                Job.request["evaluation"]["same_identity"]["images"].astext == ImageSet.id,
+                Job.request["evaluation"]["held_out"]["images"].astext == ImageSet.id,
+            ),
+        )
+        .exists()
+    )
+
+
+def erase_now(session: Session, storage: ObjectStorage, caller: Caller, image_set_id: str) -> ImageSet:
+    """Erase a set because its owner asks; a second time changes nothing.
+
+    Raises:
+        NotFound: not the caller's.
+        ImageSetInUse: a job that has not ended reads it.
+    """
+    row = session.scalar(select(ImageSet).where(_owned(caller.tenant_id, image_set_id)).with_for_update())
+    if row is None:
+        raise NotFound(f"There is no image set {image_set_id}.")
+    if row.erased_at is None:
+        if session.scalar(select(_still_read()).select_from(ImageSet).where(ImageSet.id == row.id)):
+            raise ImageSetInUse("Wait for the job that reads it, or cancel that job: its end erases its target.")
+        erase(session, storage, row, why="asked by its owner", actor=caller.key_id)
+        session.refresh(row)
+    return row
+
+
+def erase(session: Session, storage: ObjectStorage, row: ImageSet, *, why: str, actor: str = "janitor") -> int:
     """Delete every version of every image, prove it by listing, and record it. Returns the objects deleted."""
     gone = storage.erase(object_keys.image_set_prefix(row.tenant_id, row.id))
     session.execute(
@@ -104,7 +155,7 @@ def erase(session: Session, storage: ObjectStorage, row: ImageSet, *, why: str) 
     audit.record(
         session,
         row.tenant_id,
-        actor="janitor",
+        actor=actor,
         action="image_set.erased",
         subject=row.id,
         data={"objects": gone, "why": why},

@@ -10,7 +10,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
 from services import audit, checkpoints, image_sets
-from services.errors import Conflict, InvalidRequest, NotFound
+from services.errors import InvalidRequest, JobEnded, NotFound
 from services.ids import new_id
 from services.requests import ForgetRequest
 from services.tables import Checkpoint, Job, JobEvent
@@ -18,6 +18,7 @@ from services.tenancy import Caller
 
 __all__ = ["TERMINAL", "cancel", "create_forget", "create_import", "events", "get", "list_page", "version"]
 
+TARGET = "/target/images"
 TERMINAL = ("succeeded", "failed", "cancelled")
 QUEUE_OF_FAMILY = {"glow": "gpu.flow"}
 IMPORT_QUEUE = "cpu.convert"
@@ -31,6 +32,7 @@ def create_forget(session: Session, caller: Caller, request: ForgetRequest) -> J
         NotFound: the checkpoint or an image set is not the caller's.
         CheckpointNotReady: it is still validating, or was rejected.
         ImageSetErased: its images are gone.
+        InvalidRequest: the method does not fit the family, or the target stands in another role too.
     """
     checkpoint = checkpoints.ready(session, caller.tenant_id, request.checkpoint)
     family = (checkpoint.manifest or {})["family"]
@@ -41,6 +43,11 @@ def create_forget(session: Session, caller: Caller, request: ForgetRequest) -> J
             errors=[{"pointer": "/method", "detail": "wrong method for this family"}],
         )
     for pointer, image_set_id in request.image_sets().items():
+        if pointer != TARGET and image_set_id == request.target.images:
+            raise InvalidRequest(
+                "The images to forget cannot also be remembered or be the measure; use another image set.",
+                errors=[{"pointer": pointer, "detail": f"the same image set as {TARGET}"}],
+            )
         image_sets.live(session, caller.tenant_id, image_set_id, pointer=pointer)
     job = Job(
         id=new_id("job"),
@@ -115,7 +122,7 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
 
     Raises:
         NotFound: not the caller's.
-        Conflict: it ended before.
+        JobEnded: it ended before.
     """
     job = session.scalar(
         select(Job).where(Job.tenant_id == caller.tenant_id, Job.id == job_id, Job.kind != "import").with_for_update()
@@ -125,7 +132,7 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
     if job.status in ("cancelling", "cancelled"):
         return job
     if job.status in TERMINAL:
-        raise Conflict(f"The job has already {job.status}; nothing was changed.", status_of_job=job.status)
+        raise JobEnded(f"The job has already {job.status}; nothing was changed.", status_of_job=job.status)
     change: dict[str, Any] = {"cancel_requested_at": func.clock_timestamp(), "version": Job.version + 1}
     if job.status == "queued":
         change |= {"status": "cancelled", "finished_at": func.clock_timestamp()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,17 @@ class ObjectStorage:
             raise RuntimeError(f"{len(left)} objects are still listed under {prefix} after their deletion")
         return gone
 
+    def abort_unfinished(self, prefix: str, *, older_than: timedelta) -> int:
+        """Abort the multipart uploads under a prefix that were begun longer ago than this. Returns how many."""
+        gone = 0
+        limit = datetime.now(UTC) - older_than
+        for listing in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix):
+            for part in listing.get("Uploads", []):
+                if part["Initiated"] < limit:
+                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=part["Key"], UploadId=part["UploadId"])
+                    gone += 1
+        return gone
+
 
 class Upload:
     """A streamed write: memory holds one part of 8 MiB, whatever the length. Not finished means not visible."""
@@ -186,6 +198,10 @@ class Upload:
         self._buffer += chunk
         self._digest.update(chunk)
         self.bytes += len(chunk)
+
+    def sha256(self) -> str:
+        """SHA-256 of the bytes fed so far, in hexadecimal."""
+        return self._digest.hexdigest()
 
     def flush(self) -> None:
         """Send what is buffered as one part."""

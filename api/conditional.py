@@ -1,0 +1,63 @@
+"""Resources that change: entity tags, 304, long polls, and when to ask again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import anyio
+from fastapi import Request, Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+__all__ = ["changed", "etag", "represent", "retry_after", "wait_until"]
+
+FIRST_POLL_SECONDS = 0.05
+LAST_POLL_SECONDS = 0.5
+POLL_GROWTH = 1.3
+MAX_RETRY_SECONDS = 30
+
+
+def etag(version: int) -> str:
+    """The strong entity tag of a row's version."""
+    return f'"{version}"'
+
+
+def changed(if_none_match: str | None, version: int) -> bool:
+    """Whether the caller has not seen this version."""
+    if if_none_match is None:
+        return True
+    seen = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    return etag(version) not in seen and "*" not in seen
+
+
+def represent(
+    resource: BaseModel,
+    version: int,
+    *,
+    if_none_match: str | None = None,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A resource with its entity tag, or 304 when the caller has it."""
+    tags = {"ETag": etag(version), "Cache-Control": "private, no-cache", **(headers or {})}
+    if not changed(if_none_match, version):
+        return Response(status_code=304, headers=tags)
+    return Response(resource.model_dump_json(), status, media_type="application/json", headers=tags)
+
+
+def retry_after(eta_seconds: float | None) -> str:
+    """Seconds until asking again is worth it: a quarter of what is left, at least 1."""
+    return str(max(1, min(MAX_RETRY_SECONDS, int((eta_seconds or 4) / 4))))
+
+
+async def wait_until(done: Callable[[], bool], seconds: float, request: Request) -> None:
+    """Return when it is done, the time is over or the caller is gone. Holds no thread and no connection meanwhile."""
+    deadline = time.monotonic() + seconds
+    pause = FIRST_POLL_SECONDS
+    while not await run_in_threadpool(done):
+        left = deadline - time.monotonic()
+        if left <= 0 or await request.is_disconnected():
+            return
+        await anyio.sleep(min(pause, left))
+        pause = min(LAST_POLL_SECONDS, pause * POLL_GROWTH)

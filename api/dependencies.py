@@ -1,0 +1,116 @@
+"""What a handler asks for by type: who calls, one transaction, the store, and ids that have the form of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import Depends, Header, Path, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
+
+from api.problems import not_found
+from services import tenancy
+from services.database import Database
+from services.errors import MissingKey
+from services.ids import is_id
+from services.settings import Settings
+from services.storage import ObjectStorage
+from services.tenancy import Caller
+
+__all__ = [
+    "AppDatabase",
+    "AppSettings",
+    "AppStorage",
+    "Authenticated",
+    "CheckpointId",
+    "IdempotencyKey",
+    "IfNoneMatch",
+    "ImageSetId",
+    "JobId",
+    "Limit",
+    "Transaction",
+    "Wait",
+]
+
+bearer = HTTPBearer(auto_error=False, description="An API key: forgetd keys create.", bearerFormat="fgt_...")
+
+
+async def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+async def _database(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
+
+
+async def _storage(request: Request) -> ObjectStorage:
+    storage: ObjectStorage = request.app.state.storage
+    return storage
+
+
+AppSettings = Annotated[Settings, Depends(_settings)]
+AppDatabase = Annotated[Database, Depends(_database)]
+AppStorage = Annotated[ObjectStorage, Depends(_storage)]
+
+
+def _caller(
+    database: AppDatabase, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> Caller:
+    """Who calls. Its own short transaction: a request holds no connection while it waits for a thread or for bytes."""
+    if credentials is None or not credentials.credentials:
+        raise MissingKey("Send the header Authorization: Bearer fgt_... with a key from: forgetd keys create.")
+    with database.transaction() as session:
+        return tenancy.authenticate(session, credentials.credentials)
+
+
+def _transaction(database: AppDatabase) -> Iterator[Session]:
+    with database.transaction() as session:
+        yield session
+
+
+Authenticated = Annotated[Caller, Depends(_caller)]
+# Scope "function": committed before the answer is sent, so that what a caller was told is true.
+Transaction = Annotated[Session, Depends(_transaction, scope="function")]
+
+
+async def _job_id(job_id: Annotated[str, Path(examples=["job_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]) -> str:
+    if not is_id("job", job_id):
+        raise not_found("job")
+    return job_id
+
+
+async def _checkpoint_id(
+    checkpoint_id: Annotated[str, Path(examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])],
+) -> str:
+    if not is_id("ckpt", checkpoint_id):
+        raise not_found("checkpoint")
+    return checkpoint_id
+
+
+async def _image_set_id(
+    image_set_id: Annotated[str, Path(examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])],
+) -> str:
+    if not is_id("imgs", image_set_id):
+        raise not_found("image set")
+    return image_set_id
+
+
+JobId = Annotated[str, Depends(_job_id)]
+CheckpointId = Annotated[str, Depends(_checkpoint_id)]
+ImageSetId = Annotated[str, Depends(_image_set_id)]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Repeat a request with the same key and it is done once; the first answer comes again.",
+    ),
+]
+IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="an ETag: 304 while nothing changed")]
+Limit = Annotated[int, Query(ge=1, le=100, description="items on a page")]
+Wait = Annotated[float, Query(ge=0, le=30, description="seconds to hold the answer back until something changes")]

@@ -1,0 +1,98 @@
+"""The outermost layer: bodies are counted as they come, defects are answered without a leak, defaults are set."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import traceback
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import respond
+from services.errors import Internal, TooLarge
+
+__all__ = ["Edge", "PathOnly"]
+
+STREAMED = frozenset({("POST", "/checkpoints"), ("POST", "/image-sets")})  # these count for themselves
+logger = logging.getLogger("forgetd.api")
+
+
+class Edge:
+    """ASGI middleware around everything."""
+
+    def __init__(self, app: ASGIApp, max_json_bytes: int) -> None:
+        self.app = app
+        self.max_json_bytes = max_json_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(receive, send, self._limit(scope))
+        if exchange.limit is not None and _announced(scope) > exchange.limit:
+            refusal = TooLarge(f"This path takes at most {exchange.limit} bytes.", limit=exchange.limit)
+            await respond(refusal)(scope, receive, exchange.send)
+            return
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            reference = secrets.token_hex(8)
+            _log(reference, scope, error)
+            if exchange.started:
+                raise ConnectionAbortedError(f"the answer was cut short: reference {reference}") from None
+            problem = Internal("The operator finds more in the log under this reference.", reference=reference)
+            await respond(problem)(scope, receive, exchange.send)
+
+    def _limit(self, scope: Scope) -> int | None:
+        return None if (scope["method"], scope["path"]) in STREAMED else self.max_json_bytes
+
+
+class _Exchange:
+    """One request: how much came in, and whether an answer began."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int | None) -> None:
+        self._receive, self._send = receive, send
+        self.limit = limit
+        self.received = 0
+        self.started = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.received += len(message.get("body", b""))
+            if self.limit is not None and self.received > self.limit:
+                raise HTTPException(TooLarge.status)  # the one kind of error that passes FastAPI's body parsing
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("X-Content-Type-Options", "nosniff")
+            headers.setdefault("Cache-Control", "no-store")
+        await self._send(message)
+
+
+class PathOnly(logging.Filter):
+    """Drops the query from the server's access lines: it may hold a name that a caller gave."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the record, shortened."""
+        if isinstance(record.args, tuple) and len(record.args) == 5:
+            client, method, path, *rest = record.args
+            record.args = (client, method, str(path).partition("?")[0], *rest)
+        return True
+
+
+def _announced(scope: Scope) -> int:
+    length = Headers(scope=scope).get("content-length", "")
+    return int(length) if length.isdecimal() else 0
+
+
+def _log(reference: str, scope: Scope, error: BaseException) -> None:
+    """Where it happened, never what it said: messages may quote what a caller sent."""
+    route = getattr(scope.get("route"), "path", "unknown path")
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("reference %s: %s in %s %s\n%s", reference, type(error).__name__, scope["method"], route, frames)
