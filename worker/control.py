@@ -91,10 +91,7 @@ class _Loop(threading.Thread):
         if kind == self._failing:
             return
         self._failing = kind
-        if isinstance(error, BrokerAway | RedisError | OSError) or kind in (
-            "OperationalError",
-            "EndpointConnectionError",
-        ):
+        if isinstance(error, BrokerAway | RedisError | OSError) or database_away(error) or store_away(error):
             logger.warning("%s: no answer (%s); going on trying", self.name, kind)
         else:
             logger.exception("%s: failed; going on", self.name)

@@ -40,7 +40,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[lis
     yield start
     for process in processes:
         process.close()
-        print(f"--- {process.log.name}\n{process.log.read_text()}")
+        sys.stdout.write(f"--- {process.log.name}\n{process.log.read_text()}\n")  # shown when the test fails
 
 
 @pytest.fixture

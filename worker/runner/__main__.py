@@ -1,0 +1,66 @@
+"""``python -m worker.runner SCRATCH``: one attempt at one job, files in, files out. See docs/architecture.md.
+
+Nothing heavy is imported before the process has its dead man's switch, its signal handler and, where it is to read a
+hostile file, its walls.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from worker.runner import sandbox
+from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop
+from worker.runner.problems import OutOfMemory, UserError
+
+# Kind of job to the module that runs it: its function ``run(job, folder, reporter, stop)``.
+KINDS = {"forget": "worker.runner.forget", "import": "worker.runner.imports"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job in the folder; the exit status says how it went (``ExitCode``)."""
+    os.umask(0o077)
+    folder = Path(argv[0]).resolve()
+    job: dict[str, Any] = json.loads((folder / "job.json").read_text())
+    reporter, stop = Reporter(), Stop()
+    if job["kind"] == "import":
+        sandbox.close_doors(folder)  # before there is a second thread
+    DeadMansSwitch(job["lease_ttl_seconds"]).start()
+    reporter.phase("validating")
+    try:
+        with stop.at_once():
+            module = importlib.import_module(KINDS[job["kind"]])
+        module.run(job, folder, reporter, stop)
+    except Interrupted:
+        return ExitCode.INTERRUPTED
+    except UserError as error:
+        reporter.error("user_error", error.problem)
+        return ExitCode.USER_ERROR
+    except Exception as error:
+        if isinstance(error, OutOfMemory | MemoryError) or _is_out_of_memory(error):
+            return ExitCode.OUT_OF_MEMORY
+        traceback.print_exc()
+        if "CUDA error" not in str(error):  # a device that failed may work next time: then silence asks for a retry
+            reporter.error("internal", {"detail": type(error).__name__})
+        return ExitCode.INTERNAL
+    return ExitCode.REPORTED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch says it in three ways: a type on the accelerator, and two wordings on the CPU."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # nothing is left to clean up, and a driver's or a library's own exit can only hang or crash

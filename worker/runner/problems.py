@@ -1,0 +1,19 @@
+"""What a run tells its caller when it cannot go on: a problem of the caller's making, or too little memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["OutOfMemory", "UserError"]
+
+
+class OutOfMemory(Exception):
+    """The run does not fit; the next attempt gets a smaller micro-batch."""
+
+
+class UserError(Exception):
+    """The job cannot be done as asked; trying again would not help."""
+
+    def __init__(self, slug: str, title: str, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.problem = {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail, **members}
