@@ -26,7 +26,7 @@ def push(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="The model's file.")],
     name: Annotated[str | None, typer.Option(help="How it is listed.", show_default="the file's name")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of its images in pixels, if asked for.")] = None,
-    n_bits: Annotated[int | None, typer.Option(min=1, max=16, help="Bits a colour channel, if asked for.")] = None,
+    n_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits a colour channel, if asked for.")] = None,
     family: Annotated[str | None, typer.Option(help="The kind of model: glow. Told by the file where unset.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is validated.")] = True,
     url: Url = None,

@@ -31,26 +31,24 @@ __all__ = ["Client"]
 TIMEOUT_SECONDS = 30.0
 PATIENCE_SECONDS = 15.0
 WAITING_PATIENCE_SECONDS = 120.0  # a wait outlives a restart of the gateway
-LONG_POLL_SECONDS = 20.0
-POLL_SECONDS = 0.5  # for what has no long poll
+LONG_POLL_SECONDS = 20.0  # the service holds 30 at most
 PAGE_SIZE = 50
 
 FilePath = str | Path
 BytesProgress = Callable[[int, int], None]
-TargetOrId = str
 
 
 class Client:
     """A caller of one forgetd service.
 
-    Every method raises the leaves of ``cli.errors.ClientError``. Calls that may be repeated without harm are: reads,
-    a job's POST (it carries an Idempotency-Key) and a cancel.
+    Every method raises the leaves of ``cli.errors.ClientError``. Any call may be repeated without harm, and is, while
+    the service does not answer: what makes something carries an Idempotency-Key, the same in every try.
 
     Args:
         url: Where the service is, e.g. ``http://127.0.0.1:8080``.
         key: The API key; sent to that address and nowhere else, in particular not to the object store.
         timeout: Seconds to connect, and between two pieces of an answer.
-        patience: Seconds during which a call that may be repeated is, when the service does not answer.
+        patience: Seconds during which a call is repeated while the service does not answer.
     """
 
     def __init__(
@@ -117,13 +115,13 @@ class Client:
             "Content-Type": "application/octet-stream",
             "Content-Length": str(path.stat().st_size),
             "Content-Digest": digest_header(file_digest(path)),
-            "Idempotency-Key": str(uuid.uuid4()),
-        }
+        } | _once(None)
         answer = self._transport.send(
             "POST",
             "/checkpoints",
             params={key: value for key, value in query.items() if value is not None},
             headers=headers,
+            repeatable=True,
             body=lambda: file_chunks(path, progress),
         )
         checkpoint = Checkpoint.from_wire(answer.json())
@@ -138,21 +136,24 @@ class Client:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            checkpoint = self._checkpoint(checkpoint_id, patience=WAITING_PATIENCE_SECONDS)
+            left = LONG_POLL_SECONDS if deadline is None else min(LONG_POLL_SECONDS, deadline - time.monotonic())
+            if left <= 0:
+                raise Unreachable(f"Checkpoint {checkpoint_id} is still validating after {timeout:g} s.")
+            answer = self._get(
+                f"/checkpoints/{checkpoint_id}",
+                patience=WAITING_PATIENCE_SECONDS,
+                params={"wait": f"{left:.1f}"},
+                timeout=self._timeout + LONG_POLL_SECONDS,
+            )
+            checkpoint = Checkpoint.from_wire(answer.json())
             if checkpoint.status == "rejected":
                 raise CheckpointRejected(checkpoint)
             if checkpoint.ready:
                 return checkpoint
-            if deadline is not None and time.monotonic() > deadline:
-                raise Unreachable(f"Checkpoint {checkpoint_id} is still validating after {timeout:g} s.")
-            time.sleep(POLL_SECONDS)
 
     def checkpoint(self, checkpoint_id: str) -> Checkpoint:
         """A checkpoint as it is now."""
-        return self._checkpoint(checkpoint_id)
-
-    def _checkpoint(self, checkpoint_id: str, *, patience: float | None = None) -> Checkpoint:
-        return Checkpoint.from_wire(self._get(f"/checkpoints/{checkpoint_id}", patience=patience).json())
+        return Checkpoint.from_wire(self._get(f"/checkpoints/{checkpoint_id}").json())
 
     def checkpoints(self) -> Iterator[Checkpoint]:
         """All checkpoints, newest first, asked page by page."""
@@ -180,7 +181,17 @@ class Client:
             ("images", (f"{index:05d}{path.suffix.lower()}", LazyFile(path, one_more)))
             for index, path in enumerate(files)
         ]
-        return ImageSet.from_wire(self._transport.send("POST", "/image-sets", files=parts).json())
+        answer = self._transport.send("POST", "/image-sets", files=parts, headers=_once(None), repeatable=True)
+        return ImageSet.from_wire(answer.json())
+
+    def erase_images(self, image_set_id: str) -> ImageSet:
+        """Erase the images of a set now; the empty set stays readable, with the time of its erasure.
+
+        Raises:
+            ConflictError: A job that has not ended reads it.
+        """
+        answer = self._transport.send("DELETE", f"/image-sets/{image_set_id}", repeatable=True)
+        return ImageSet.from_wire(answer.json())
 
     # Jobs.
 
@@ -238,7 +249,7 @@ class Client:
 
     def submit(self, body: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
         """Send the body of ``POST /jobs/forget`` as it is."""
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        headers = _once(idempotency_key)
         answer = self._transport.send("POST", "/jobs/forget", json=dict(body), headers=headers, repeatable=True)
         return _job(answer)
 
@@ -266,7 +277,7 @@ class Client:
             answer = self._get(
                 f"/jobs/{job_id}",
                 patience=WAITING_PATIENCE_SECONDS,
-                params={"wait": f"{left:.0f}" if left >= 1 else "1"},
+                params={"wait": f"{left:.1f}"},
                 headers={"If-None-Match": job.etag} if job.etag else {},
                 timeout=self._timeout + LONG_POLL_SECONDS,
             )
@@ -386,6 +397,11 @@ class Client:
 def _items(page: Any) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = page["items"] if isinstance(page, dict) else page
     return items
+
+
+def _once(key: str | None) -> dict[str, str]:
+    """The header that makes repeating a call the same as sending it once."""
+    return {"Idempotency-Key": key or str(uuid.uuid4())}
 
 
 def _job(answer: httpx.Response) -> Job:

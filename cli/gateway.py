@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-APP = "api.app:app"
+APP = "api.app:create_app"
 GRACEFUL_SECONDS = 3  # long polls and event streams end after this when the service stops
 
 
@@ -19,7 +19,12 @@ def main(argv: Sequence[str]) -> int:
     """Serve until SIGTERM on the descriptor that is the one argument."""
     listener = socket.socket(fileno=int(argv[0]))
     config = uvicorn.Config(
-        APP, log_level="info", access_log=False, timeout_graceful_shutdown=GRACEFUL_SECONDS, server_header=False
+        APP,
+        factory=True,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listener])
     return 0

@@ -14,12 +14,7 @@ __all__ = ["app"]
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 PUSH_EXAMPLE = "forgetd images push ~/Pictures/anna"
 
-app = typer.Typer(help="Upload the images to forget, or to remember.", no_args_is_help=True)
-
-
-@app.callback()
-def group() -> None:
-    """Upload the images to forget, or to remember."""
+app = typer.Typer(help="Upload the images to forget or to remember, and erase them.", no_args_is_help=True)
 
 
 @command(app, example=PUSH_EXAMPLE)
@@ -41,11 +36,30 @@ def push(
     files = _files(paths)
     with connect(url, key) as client, transfer_bar("images", unit="images") as progress:
         images = client.push_images(files, progress=progress)
-    say(f"Uploaded {len(files)} image{'s' if len(files) != 1 else ''}.")
+    dropped = images.wire.get("duplicates_dropped") or 0
+    again = f"; {dropped} had the pixels of another and {'was' if dropped == 1 else 'were'} dropped" if dropped else ""
+    say(f"The set holds {images.count} image{'s' if images.count != 1 else ''}{again}.")
     if as_json:
         emit_json(images.wire)
     else:
         emit(images.id)
+
+
+@command(app, example="forgetd images erase imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70")
+def erase(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="The set's id: imgs_...")],
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Erase the images of a set now, every copy the service holds. Refused while a job still reads them."""
+    from cli.output import emit_json, say
+
+    with connect(url, key) as client:
+        erased = client.erase_images(images)
+    if as_json:
+        emit_json(erased.wire)
+    say(f"The images of {erased.id} are erased.")
 
 
 def _files(paths: list[Path]) -> list[Path]:

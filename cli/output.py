@@ -88,7 +88,8 @@ def report_error(error: ClientError) -> None:
     if isinstance(error, ProblemError):
         lines = [f"Error: {error.title}", *([f"  {error.detail}"] if error.detail else [])]
         for item in error.errors:
-            lines.append(f"  {item.get('pointer', '')} {item.get('detail', '')}".rstrip())
+            where = item.get("pointer") or item.get("parameter") or item.get("header")
+            lines.append(f"  {f'{where}: ' if where else ''}{item.get('detail', '')}")
     if isinstance(error, AuthenticationError):
         lines.append("  Pass --key or set FORGETD_KEY; an operator makes keys with: forgetd keys create")
     if isinstance(error, CriteriaNotMet):
