@@ -74,7 +74,8 @@ def nearest_neighbours(queries: Tensor, pool: Tensor, k: int) -> Tensor:
     k = min(k, len(pool))
     if not len(queries) or k < 1:
         return torch.zeros(0, dtype=torch.int64)
-    nearest = torch.cdist(queries, pool).topk(k, largest=False).indices  # (m, k)
+    distances = torch.cdist(queries, pool, compute_mode="donot_use_mm_for_euclid_dist")  # (m, n)
+    nearest = distances.topk(k, largest=False).indices  # (m, k)
     return torch.tensor(sorted(set(nearest.flatten().tolist())), dtype=torch.int64)
 
 

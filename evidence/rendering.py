@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pydantic import JsonValue
 
 from evidence.plots import density_svg, losses_svg, qq_svg
@@ -27,6 +27,18 @@ SYMBOLS: dict[SetKey, Markup] = {
     "held_out": Markup("<var>D</var><sub>R</sub><sup>id</sup>"),
     "neighbours": Markup("<var>D</var><sub>R</sub><sup>NN</sup>"),
 }
+
+PROSE = (
+    ("mu_R", "&mu;<sub>R</sub>"),
+    ("sigma_R", "&sigma;<sub>R</sub>"),
+    ("D_R^NN", str(SYMBOLS["neighbours"])),
+    ("D_R^id", str(SYMBOLS["held_out"])),
+    ("D&#39;_F", str(SYMBOLS["same_identity"])),
+    ("D_F", str(SYMBOLS["forget"])),
+    ("D_R", str(SYMBOLS["remember"])),
+    ("1 / (n + 1)", "1&nbsp;/&nbsp;(n&nbsp;+&nbsp;1)"),
+)
+"""Symbols as plain text writes them, longest first where one begins another, and as the page sets them."""
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -62,15 +74,27 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, quantile=_quantile, interval=_interval, plain=_plain, seconds=_seconds)
+    environment.filters.update(
+        number=_number, quantile=_quantile, interval=_interval, plain=_plain, seconds=_seconds, prose=_prose
+    )
     return environment
+
+
+def _prose(text: str) -> Markup:
+    """The text escaped, with its plain-text symbols set as mathematics."""
+    escaped = str(escape(text))
+    for plain, markup in PROSE:
+        escaped = escaped.replace(plain, markup)
+    return Markup(escaped)  # noqa: S704
 
 
 def _number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     if value is None:
         return NOTHING
-    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    return text.replace("-", "−")  # noqa: RUF001
+    value = round(value, digits)
+    if value == 0:
+        return f"{0:.{digits}f}"
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _quantile(value: float | None) -> str:

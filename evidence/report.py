@@ -189,7 +189,7 @@ def _sentence(evaluation: FlowEvaluation, criteria: Sequence[Criterion]) -> str:
         return (
             f"The criteria were not met: {missing} of {n} image{'s' * (n > 1)} to forget missed the threshold of "
             f"{_threshold(evaluation)} standard deviations (the lowest is at "
-            f"{f'{least:.2f}' if math.isfinite(least) else 'no finite number'})."
+            f"{f'{math.floor(least * 100) / 100:.2f}' if math.isfinite(least) else 'no finite number'})."
         )
     failed = [criterion.name for criterion in criteria if not criterion.met]
     if failed:
@@ -201,7 +201,7 @@ def _sentence(evaluation: FlowEvaluation, criteria: Sequence[Criterion]) -> str:
     )
     subject, object_ = ("The one image to forget is", "it") if n == 1 else (f"All {n} images to forget are", "them")
     return (
-        f"{subject} now at least {math.floor(evaluation.smallest_z * 100) / 100:.2f} standard deviations less likely "
+        f"{subject} now at least {evaluation.smallest_z:.2f} standard deviations less likely "
         f"than the average of the {evaluation.reference_tamed.n:,} {kind} ({_threshold(evaluation)} required): by this "
         f"criterion the model has forgotten {object_}."
     )
