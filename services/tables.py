@@ -174,9 +174,7 @@ class Job(Base):
     worker: Mapped[str | None]
     lease_until: Mapped[datetime | None]  # the database's clock
     dispatched_at: Mapped[datetime | None]  # when the doorbell was last rung; null: never since queued
-    not_before: Mapped[
-        datetime | None
-    ]  # back-off of a runner that keeps dying; null: at once
+    not_before: Mapped[datetime | None]  # back-off of a runner that keeps dying; null: at once
     infrastructure_losses: Mapped[int] = mapped_column(Integer, server_default="0")
     out_of_memory_losses: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested_at: Mapped[datetime | None]
