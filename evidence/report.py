@@ -191,9 +191,9 @@ def _sentence(evaluation: FlowEvaluation, criteria: Sequence[Criterion]) -> str:
             f"{_threshold(evaluation)} standard deviations (the lowest is at "
             f"{f'{math.floor(least * 100) / 100:.2f}' if math.isfinite(least) else 'no finite number'})."
         )
-    failed = [criterion.name for criterion in criteria if not criterion.met]
+    failed = [criterion.name.replace("_", " ") for criterion in criteria if not criterion.met]
     if failed:
-        return f"The criteria were not met: the images to forget passed, but this did not: {', '.join(failed)}."
+        return f"The criteria were not met: the images to forget passed, but another condition failed ({', '.join(failed)})."
     kind = (
         "images to remember"
         if evaluation.remember_source == "images"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from evidence.records import Outcome, RememberSource, SetKey
 
@@ -13,7 +14,16 @@ __all__ = ["SCHEMA", "Report", "json_schema"]
 
 SCHEMA: Literal["forgetd.report/1"] = "forgetd.report/1"
 
-Number = Annotated[float | None, Field(allow_inf_nan=False, description="null: missing, or not finite")]
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[
+    float | None,
+    BeforeValidator(_finite_or_none),
+    Field(allow_inf_nan=False, description="null: missing, or not finite"),
+]
 
 
 class Part(BaseModel):

@@ -92,6 +92,11 @@ def test_extra_criterion_can_fail_the_job(evaluation):
     assert "drift" in verdict.sentence
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_criterion_takes_a_value_that_is_not_finite_as_missing(value):
+    assert Criterion(name="z", statement="z", threshold=1.0, value=value, met=False).value is None
+
+
 def test_generated_images_are_called_samples(evaluate):
     generated = build_report(evaluate(remember_source="generated"))
 
