@@ -30,8 +30,8 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send, self._limit(scope))
-        if exchange.limit is not None and _announced(scope) > exchange.limit:
+        exchange = _Exchange(scope, receive, send, self._limit(scope))
+        if exchange.limit is not None and exchange.announced > exchange.limit:
             refusal = TooLarge(f"This path takes at most {exchange.limit} bytes.", limit=exchange.limit)
             await respond(refusal)(scope, receive, exchange.send)
             return
@@ -52,16 +52,21 @@ class Edge:
 class _Exchange:
     """One request: how much came in, and whether an answer began."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int | None) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int | None) -> None:
         self._receive, self._send = receive, send
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        self.announced = int(length) if length.isdecimal() else 0
         self.limit = limit
         self.received = 0
+        self.unread = self.announced > 0 or "transfer-encoding" in headers
         self.started = False
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
             self.received += len(message.get("body", b""))
+            self.unread = message.get("more_body", False)
             if self.limit is not None and self.received > self.limit:
                 raise HTTPException(TooLarge.status)  # the one kind of error that passes FastAPI's body parsing
         return message
@@ -72,6 +77,8 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers.setdefault("X-Content-Type-Options", "nosniff")
             headers.setdefault("Cache-Control", "no-store")
+            if self.unread:
+                headers["Connection"] = "close"  # else the server would go on reading what was refused
         await self._send(message)
 
 
@@ -84,11 +91,6 @@ class PathOnly(logging.Filter):
             client, method, path, *rest = record.args
             record.args = (client, method, str(path).partition("?")[0], *rest)
         return True
-
-
-def _announced(scope: Scope) -> int:
-    length = Headers(scope=scope).get("content-length", "")
-    return int(length) if length.isdecimal() else 0
 
 
 def _log(reference: str, scope: Scope, error: BaseException) -> None:

@@ -51,7 +51,7 @@ class ImageIntake:
         self._stored_bytes += len(pixels.png)
         if self._stored_bytes > self._settings.max_image_set_bytes:
             raise TooLarge(
-                f"Decoded, the set is larger than {self._settings.max_image_set_bytes} bytes; send fewer or smaller images."
+                f"Decoded, the set is over {self._settings.max_image_set_bytes} bytes; send fewer or smaller images."
             )
         place = len(self.images)
         self._storage.put(

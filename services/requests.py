@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from services.ids import ID_PATTERNS
 
@@ -12,6 +13,8 @@ __all__ = ["Criteria", "EvaluationRequest", "FlowTamingOptions", "ForgetRequest"
 
 CheckpointId = Annotated[str, Field(pattern=ID_PATTERNS["ckpt"], examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
 ImageSetId = Annotated[str, Field(pattern=ID_PATTERNS["imgs"], examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
+
+METADATA_CHARACTERS = 16_384
 
 
 class _Strict(BaseModel):
@@ -87,6 +90,13 @@ class ForgetRequest(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = Field(None, description="unset: drawn, and reported")
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     metadata: dict[str, Any] = Field(default_factory=dict, description="yours; returned as sent, never interpreted")
+
+    @field_validator("metadata")
+    @classmethod
+    def _small(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(value)) > METADATA_CHARACTERS:
+            raise ValueError(f"metadata takes at most {METADATA_CHARACTERS} characters of JSON")
+        return value
 
     def image_sets(self) -> dict[str, str]:
         """The image sets that the job reads, by JSON pointer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import socket
@@ -15,12 +16,15 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from sqlalchemy import create_engine, make_url, text
 
-from services import tenancy
+from services import checkpoints, image_sets, leases, object_keys, tenancy
 from services.database import Database
+from services.ids import new_id
+from services.leases import Claim
 from services.settings import Settings
-from services.storage import ObjectStorage
+from services.storage import ObjectStorage, StoredObject
 from services.tenancy import Caller, NewKey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,3 +179,117 @@ def connect(gateway: Gateway) -> Iterator[Callable[[NewKey], httpx.Client]]:
 def client(connect: Callable[[NewKey], httpx.Client], api_key: NewKey) -> httpx.Client:
     """A caller with a key."""
     return connect(api_key)
+
+
+def png(shade: int = 0, size: tuple[int, int] = (12, 10), mode: str = "L") -> bytes:
+    """A picture of one shade."""
+    file = io.BytesIO()
+    Image.new(mode, size, shade if mode == "L" else (shade,) * 3).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def image_files() -> Callable[..., list[tuple[str, tuple[str, bytes]]]]:
+    """Makes the form of an upload from files; the field and the file names are as callers send them."""
+
+    def make(*files: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+        return [("images", (f"{number}.png", data)) for number, data in enumerate(files)]
+
+    return make
+
+
+@pytest.fixture
+def ready_checkpoint(database: Database) -> Callable[[Caller], str]:
+    """Makes validated checkpoints."""
+
+    def make(caller: Caller) -> str:
+        checkpoint_id = new_id("ckpt")
+        source = StoredObject(object_keys.checkpoint_source(caller.tenant_id, checkpoint_id), 10, "0" * 64)
+        with database.transaction() as session:
+            checkpoints.register(session, caller, checkpoint_id, name="base", declared={}, source=source)
+            checkpoints.accept(
+                session,
+                caller.tenant_id,
+                checkpoint_id,
+                manifest={"family": "glow"},
+                prefix=object_keys.checkpoint_prefix(caller.tenant_id, checkpoint_id),
+                weights={"name": "weights.safetensors", "bytes": 10, "sha256": "0" * 64},
+            )
+        return checkpoint_id
+
+    return make
+
+
+@pytest.fixture
+def image_set(database: Database, storage: ObjectStorage, caller: Caller) -> str:
+    """The id of a set of two images, stored as an upload stores them (``test_image_sets`` uploads)."""
+    image_set_id = new_id("imgs")
+    images = []
+    for index in range(2):
+        stored = storage.put(
+            object_keys.image(caller.tenant_id, image_set_id, index), png(index), media_type="image/png"
+        )
+        images.append(
+            {"index": index, "width": 12, "height": 10, "mode": "L", "bytes": stored.bytes, "sha256": stored.sha256}
+        )
+    with database.transaction() as session:
+        image_sets.register(session, caller, image_set_id, images=images, hours=1)
+    return image_set_id
+
+
+@pytest.fixture
+def body(ready_checkpoint: Callable[[Caller], str], caller: Caller, image_set: str) -> dict[str, Any]:
+    """A good body of ``POST /jobs/forget``."""
+    return {"checkpoint": ready_checkpoint(caller), "target": {"images": image_set}}
+
+
+@pytest.fixture
+def job_id(client: httpx.Client, body: dict[str, Any]) -> str:
+    """The id of a queued job."""
+    answer = client.post("/jobs/forget", json=body)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+@pytest.fixture
+def claim(database: Database) -> Callable[[str], Claim]:
+    """Claims queued jobs as a worker does."""
+
+    def take(job_id: str) -> Claim:
+        with database.transaction() as session:
+            claim = leases.claim(session, job_id, worker="test", ttl_seconds=60)
+        assert claim is not None
+        return claim
+
+    return take
+
+
+@pytest.fixture
+def publish(
+    database: Database, storage: ObjectStorage, claim: Callable[[str], Claim]
+) -> Callable[..., dict[str, bytes]]:
+    """Runs a queued job to an end with results, as a worker does; gives the files by name."""
+
+    def run(job_id: str, *, met: bool = True) -> dict[str, bytes]:
+        held = claim(job_id)
+        prefix = object_keys.attempt_prefix(held.tenant_id, job_id, held.token)
+        files = {
+            "report.json": (b'{"verdict": "forgotten"}', "application/json"),
+            "report.html": (b"<!doctype html><title>r</title>", "text/html; charset=utf-8"),
+            "tamed.safetensors": (b"weights " * 1000, "application/octet-stream"),
+        }
+        artifacts = []
+        for name, (data, media_type) in files.items():
+            stored = storage.put(prefix + name, data, media_type=media_type)
+            artifacts.append({"name": name, "media_type": media_type, "bytes": stored.bytes, "sha256": stored.sha256})
+        with database.transaction() as session:
+            if met:
+                assert leases.publish(session, held, prefix=prefix, artifacts=artifacts, summary={"q": 1.0})
+            else:
+                problem = {"type": "urn:forgetd:problem:criteria-not-met", "title": "t", "detail": "d"}
+                assert leases.fail(
+                    session, held, reason="criteria_not_met", problem=problem, prefix=prefix, artifacts=artifacts
+                )
+        return {name: data for name, (data, _) in files.items()}
+
+    return run

@@ -1,0 +1,56 @@
+"""What ``import api.app`` costs over its libraries, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = 3
+ALLOWED_RATIO = 1.3
+HEAVY = {"torch", "numpy", "celery", "redis", "alembic", "PIL", "worker", "models", "unlearning", "evidence"}
+
+LIST_LIBRARIES = """
+import json, sys, api.app
+ours = ("api", "services")
+foreign = [name for name, module in sys.modules.items()
+           if "site-packages" in (getattr(module, "__file__", None) or "") and name.partition(".")[0] not in ours]
+print(json.dumps({"foreign": foreign, "roots": sorted({name.partition(".")[0] for name in sys.modules})}))
+"""
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _seconds(code: str) -> float:
+    """Processor time of a process, which other work on the machine hardly changes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _run(code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_import_leaves_heavy_libraries_out() -> None:
+    loaded = set(json.loads(_run(LIST_LIBRARIES))["roots"])
+
+    assert loaded & HEAVY == set()
+
+
+def test_import_costs_at_most_a_third_more_than_its_libraries() -> None:
+    foreign = json.loads(_run(LIST_LIBRARIES))["foreign"]
+    libraries = f"import importlib\nfor name in {foreign!r}:\n    importlib.import_module(name)"
+
+    # Alternating, and the best of each: noise only ever adds.
+    pairs = [(_seconds(libraries), _seconds("import api.app")) for _ in range(ROUNDS)]
+
+    ratio = min(ours for _, ours in pairs) / min(theirs for theirs, _ in pairs)
+    assert ratio <= ALLOWED_RATIO, f"import api.app takes {ratio:.2f} times its libraries"
+
+
+def test_import_reads_no_settings() -> None:
+    _run("import api.app")
