@@ -193,7 +193,8 @@ def _sentence(evaluation: FlowEvaluation, criteria: Sequence[Criterion]) -> str:
         )
     failed = [criterion.name.replace("_", " ") for criterion in criteria if not criterion.met]
     if failed:
-        return f"The criteria were not met: the images to forget passed, but another condition failed ({', '.join(failed)})."
+        reasons = ", ".join(failed)
+        return f"The criteria were not met: the images to forget passed, but another condition failed ({reasons})."
     kind = (
         "images to remember"
         if evaluation.remember_source == "images"

@@ -20,9 +20,9 @@ def _finite_or_none(value: Any) -> Any:
 
 
 Number = Annotated[
-    float | None,
+    Annotated[float, Field(allow_inf_nan=False)] | None,
     BeforeValidator(_finite_or_none),
-    Field(allow_inf_nan=False, description="null: missing, or not finite"),
+    Field(description="null: missing, or not finite"),
 ]
 
 
