@@ -134,12 +134,12 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
     if job.status in TERMINAL:
         raise JobEnded(f"The job has already {job.status}; nothing was changed.", status_of_job=job.status)
     change: dict[str, Any] = {"cancel_requested_at": func.clock_timestamp(), "version": Job.version + 1}
-    if job.status == "queued":
+    event = "cancelled" if job.status == "queued" else "cancel_requested"
+    if event == "cancelled":
         change |= {"status": "cancelled", "finished_at": func.clock_timestamp()}
     else:
         change |= {"status": "cancelling"}
     session.execute(update(Job).where(Job.id == job_id).values(**change))
-    event = "cancelled" if job.status == "queued" else "cancel_requested"
     session.execute(insert(JobEvent).values(tenant_id=job.tenant_id, job_id=job.id, type=event))
     audit.record(session, job.tenant_id, actor=caller.key_id, action=f"job.{event}", subject=job.id)
     session.refresh(job)

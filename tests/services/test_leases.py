@@ -1,0 +1,414 @@
+"""The job protocol against the real database: who may hold a job, who may publish, and that every job ends once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, update
+
+from services import jobs, leases
+from services.database import Database
+from services.ids import new_id
+from services.leases import Claim
+from services.tables import Checkpoint, Job, JobEvent, WorkerSlot
+from services.tenancy import Caller
+
+TTL = 30.0
+RING = 5.0
+
+
+class Protocol:
+    """The statements of ``services.leases``, each in a transaction of its own."""
+
+    def __init__(self, database: Database, caller: Caller) -> None:
+        self.database, self.caller = database, caller
+        self.checkpoint_id = new_id("ckpt")
+        with database.transaction() as session:
+            session.add(
+                Checkpoint(
+                    id=self.checkpoint_id,
+                    tenant_id=caller.tenant_id,
+                    name="base",
+                    declared={},
+                    source_bytes=1,
+                    source_sha256="",
+                )
+            )
+
+    def queue(self, *, kind: str = "forget", queue: str = "gpu.flow", priority: int = 0) -> str:
+        job_id = new_id("job")
+        with self.database.transaction() as session:
+            session.add(
+                Job(
+                    id=job_id,
+                    tenant_id=self.caller.tenant_id,
+                    kind=kind,
+                    queue=queue,
+                    priority=priority,
+                    checkpoint_id=self.checkpoint_id,
+                    request={},
+                    seed=0,
+                )
+            )
+        return job_id
+
+    def row(self, job_id: str) -> Job:
+        with self.database.transaction() as session:
+            return session.scalars(select(Job).where(Job.id == job_id)).one()
+
+    def events(self, job_id: str) -> list[str]:
+        with self.database.transaction() as session:
+            return list(session.scalars(select(JobEvent.type).where(JobEvent.job_id == job_id).order_by(JobEvent.id)))
+
+    def change(self, job_id: str, **values: Any) -> None:
+        with self.database.transaction() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+    def expire(self, job_id: str) -> None:
+        """The holder fell silent a lease ago."""
+        self.change(job_id, lease_until=func.clock_timestamp() - timedelta(seconds=1))
+
+    def claim(self, job_id: str, worker: str = "worker") -> Claim | None:
+        with self.database.transaction() as session:
+            return leases.claim(session, job_id, worker=worker, ttl_seconds=TTL)
+
+    def claimed(self, job_id: str, worker: str = "worker") -> Claim:
+        claim = self.claim(job_id, worker)
+        if claim is None:
+            raise AssertionError("the job could not be claimed")
+        return claim
+
+    def adopt(self, job_id: str, worker: str) -> Claim | None:
+        with self.database.transaction() as session:
+            return leases.adopt(session, job_id, worker=worker)
+
+    def renew(self, claim: Claim) -> str:
+        with self.database.transaction() as session:
+            return leases.renew(session, claim.job_id, claim.token, ttl_seconds=TTL)
+
+    def publish(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.publish(session, claim, prefix=prefix_of(claim), artifacts=[], summary={})
+
+    def fail(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.fail(session, claim, reason="internal", problem={})
+
+    def cancelled(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.cancelled(session, claim)
+
+    def release(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.release(session, claim)
+
+    def retry_smaller(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.retry_smaller(session, claim)
+
+    def lose(self, claim: Claim, budget: int = 5) -> str | None:
+        with self.database.transaction() as session:
+            return leases.lose(session, claim, why="signal 9", budget=budget)
+
+    def progress(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.record_progress(session, claim, phase="unlearning", progress={"step": 1})
+
+    def state(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.record_state(session, claim, {"key": prefix_of(claim), "step": 1})
+
+    def reap(self, budget: int = 5) -> dict[str, str]:
+        with self.database.transaction() as session:
+            return {job.id: leases.reap(session, job, budget=budget) for job in leases.expired_leases(session)}
+
+    def cancel(self, job_id: str) -> None:
+        with self.database.transaction() as session:
+            jobs.cancel(session, self.caller, job_id)
+
+    def see(self, worker: str = "worker", queues: tuple[str, ...] = ("gpu.flow",), slots: int = 1) -> None:
+        with self.database.transaction() as session:
+            leases.see_worker(session, worker, list(queues), slots)
+
+    def due(self) -> list[str]:
+        with self.database.transaction() as session:
+            return [job_id for job_id, _ in leases.dispatchable(session, ring_seconds=RING)]
+
+    def stamp(self, *job_ids: str) -> None:
+        with self.database.transaction() as session:
+            leases.stamp_dispatched(session, list(job_ids))
+
+
+def prefix_of(claim: Claim) -> str:
+    return f"attempts/{claim.token}/"
+
+
+@pytest.fixture
+def protocol(database: Database, caller: Caller) -> Protocol:
+    """The protocol on a fresh database."""
+    return Protocol(database, caller)
+
+
+# The claim.
+
+
+def test_a_queued_job_is_claimed_once(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda n: protocol.claim(job_id, f"worker-{n}"), range(8)))
+
+    assert len([claim for claim in claims if claim is not None]) == 1
+    assert protocol.row(job_id).attempt == 1
+
+
+def test_tokens_grow_from_claim_to_claim(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+
+    tokens = []
+    for _ in range(3):
+        claim = protocol.claimed(job_id)
+        tokens.append(claim.token)
+        protocol.release(claim)
+
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_claim_whose_reply_was_lost_is_found_by_its_worker_alone(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    claim = protocol.claimed(job_id, "worker-a")
+
+    assert protocol.adopt(job_id, "worker-a") == claim
+    assert protocol.adopt(job_id, "worker-b") is None
+
+
+# Fencing.
+
+ENDINGS: list[Callable[[Protocol, Claim], object]] = [
+    Protocol.publish,
+    Protocol.fail,
+    Protocol.release,
+    Protocol.retry_smaller,
+    Protocol.lose,
+    Protocol.cancelled,
+    Protocol.progress,
+    Protocol.state,
+]
+
+
+@pytest.mark.parametrize("act", ENDINGS, ids=lambda act: act.__name__)
+def test_a_stale_token_changes_nothing_after_the_reaper(
+    protocol: Protocol, act: Callable[[Protocol, Claim], object]
+) -> None:
+    job_id = protocol.queue()
+    stale = protocol.claimed(job_id)
+    protocol.expire(job_id)
+    protocol.reap()
+    before = protocol.row(job_id)
+
+    done = act(protocol, stale)
+
+    after = protocol.row(job_id)
+    assert not done
+    assert (after.status, after.version, after.fencing_token) == ("queued", before.version, before.fencing_token)
+
+
+@pytest.mark.parametrize("act", ENDINGS, ids=lambda act: act.__name__)
+def test_a_stale_token_changes_nothing_for_the_next_holder(
+    protocol: Protocol, act: Callable[[Protocol, Claim], object]
+) -> None:
+    job_id = protocol.queue()
+    stale = protocol.claimed(job_id, "worker-a")
+    protocol.expire(job_id)
+    protocol.reap()
+    holder = protocol.claimed(job_id, "worker-b")
+
+    done = act(protocol, stale)
+
+    assert not done
+    assert protocol.renew(stale) == "lost"
+    assert protocol.renew(holder) == "held"
+
+
+def test_a_stale_attempt_cannot_publish_after_its_successor(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    stale = protocol.claimed(job_id, "worker-a")
+    protocol.expire(job_id)
+    protocol.reap()
+    holder = protocol.claimed(job_id, "worker-b")
+
+    assert protocol.publish(holder)
+    assert not protocol.publish(stale)
+
+    assert protocol.row(job_id).published_prefix == prefix_of(holder)
+    assert protocol.events(job_id).count("succeeded") == 1
+
+
+def test_an_expired_lease_that_nobody_reaped_still_publishes(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    claim = protocol.claimed(job_id)
+    protocol.expire(job_id)
+
+    assert protocol.publish(claim)
+    assert protocol.reap() == {}
+
+
+# Cancelling.
+
+
+@pytest.mark.parametrize("act", [Protocol.publish, Protocol.fail, Protocol.release, Protocol.retry_smaller])
+def test_a_cancel_that_came_first_wins(protocol: Protocol, act: Callable[[Protocol, Claim], object]) -> None:
+    job_id = protocol.queue()
+    claim = protocol.claimed(job_id)
+    protocol.cancel(job_id)
+
+    assert protocol.renew(claim) == "cancel"
+    assert not act(protocol, claim)
+    assert protocol.cancelled(claim)
+    assert protocol.row(job_id).published_prefix is None
+
+
+def test_a_cancelled_queue_entry_cannot_be_claimed(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.cancel(job_id)
+
+    assert protocol.claim(job_id) is None
+
+
+def test_a_cancelling_job_whose_worker_died_is_cancelled(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.claimed(job_id)
+    protocol.cancel(job_id)
+    protocol.expire(job_id)
+
+    assert protocol.reap() == {job_id: "cancelled"}
+
+
+# Budgets.
+
+
+def test_a_drain_consumes_no_attempt(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+
+    for _ in range(10):
+        protocol.release(protocol.claimed(job_id))
+
+    row = protocol.row(job_id)
+    assert (row.status, row.attempt, row.infrastructure_losses) == ("queued", 0, 0)
+
+
+def test_a_job_that_keeps_losing_its_worker_fails(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+
+    for _ in range(3):
+        protocol.claimed(job_id)
+        protocol.expire(job_id)
+        outcome = protocol.reap(budget=2)
+
+    row = protocol.row(job_id)
+    assert outcome == {job_id: "failed"}
+    assert (row.reason, row.attempt, row.infrastructure_losses) == ("attempts_exhausted", 3, 2)
+
+
+def test_a_runner_that_keeps_dying_is_given_pauses_and_then_up(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.see()
+
+    outcomes, waits = [], []
+    for _ in range(3):
+        outcomes.append(protocol.lose(protocol.claimed(job_id), budget=2))
+        waits.append(protocol.row(job_id).not_before is not None)
+
+    assert outcomes == ["queued", "queued", "failed"]
+    assert waits == [False, True, True]
+
+
+def test_a_job_that_pauses_is_not_rung(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.see()
+    protocol.change(job_id, not_before=func.clock_timestamp() + timedelta(seconds=60))
+
+    assert protocol.due() == []
+
+
+def test_a_failed_import_rejects_its_checkpoint(protocol: Protocol) -> None:
+    job_id = protocol.queue(kind="import", queue="cpu.convert")
+    protocol.claimed(job_id)
+    protocol.expire(job_id)
+
+    protocol.reap(budget=0)
+
+    with protocol.database.transaction() as session:
+        assert session.get_one(Checkpoint, protocol.checkpoint_id).status == "rejected"
+
+
+# Dispatch.
+
+
+def test_bells_ring_for_free_slots_only_best_first(protocol: Protocol) -> None:
+    low, high, middle = protocol.queue(priority=-1), protocol.queue(priority=5), protocol.queue()
+    protocol.see(slots=2)
+
+    due = protocol.due()
+
+    assert due == [high, middle]
+    assert low not in due
+
+
+def test_nothing_rings_without_a_worker(protocol: Protocol) -> None:
+    protocol.queue()
+    protocol.see(queues=("cpu.convert",))
+
+    assert protocol.due() == []
+
+
+def test_a_rung_bell_is_silent_until_the_interval_is_over(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.see(slots=5)
+    protocol.stamp(job_id)
+
+    assert protocol.due() == []
+    protocol.change(job_id, dispatched_at=func.clock_timestamp() - timedelta(seconds=RING + 1))
+    assert protocol.due() == [job_id]
+
+
+def test_a_busy_worker_is_not_rung_from_its_other_queue(protocol: Protocol) -> None:
+    protocol.see(queues=("gpu.flow", "cpu.convert"))
+    protocol.claimed(protocol.queue(queue="cpu.convert"))
+    protocol.queue()
+
+    assert protocol.due() == []
+
+
+def test_the_lease_of_a_dead_worker_takes_no_slot(protocol: Protocol) -> None:
+    protocol.see("dead")
+    protocol.claimed(protocol.queue(), "dead")
+    with protocol.database.transaction() as session:
+        session.execute(update(WorkerSlot).values(seen_at=func.clock_timestamp() - timedelta(minutes=1)))
+    protocol.see("alive")
+    job_id = protocol.queue()
+
+    assert protocol.due() == [job_id]
+
+
+def test_two_control_loops_ring_different_bells(protocol: Protocol) -> None:
+    first, second = protocol.queue(), protocol.queue()
+    protocol.see()
+
+    with protocol.database.transaction() as one, protocol.database.transaction() as other:
+        rung = [leases.dispatchable(session, ring_seconds=RING) for session in (one, other)]
+
+    assert [job_id for rows in rung for job_id, _ in rows] == [first, second]
+
+
+def test_a_retired_worker_is_not_rung(protocol: Protocol) -> None:
+    protocol.queue()
+    protocol.see()
+    with protocol.database.transaction() as session:
+        leases.retire_worker(session, "worker")
+
+    assert protocol.due() == []
