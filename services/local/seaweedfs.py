@@ -7,6 +7,7 @@ no credentials: this is a single-user store.
 """
 
 import contextlib
+import glob
 import hashlib
 import hmac
 import http.client
@@ -81,6 +82,8 @@ class SeaweedFS(Server):
             "volume.preStopSeconds": 0,
             "filer.disableDirListing": "true",
             "filer.exposeDirectoryData": "false",
+            "filer.localSocket": "filer.sock",  # relative again: Unix socket paths are limited to about 100 bytes
+            "s3.localSocket": "s3.sock",
             "s3.config": self._identities,
             "s3.iam": "false",
             "s3.autoCreateBucket": "false",
@@ -95,6 +98,11 @@ class SeaweedFS(Server):
         argv = [str(_binary()), "-logtostderr=true", "mini", *(f"-{key}={value}" for key, value in options.items())]
         # An orderly stop takes 1-2 s of waiting for itself; what was written survives a kill of the process.
         return Command(argv, self.home, stop_signal=signal.SIGINT if self.durable else signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Stop it, and take away the sockets that a kill leaves in /tmp."""
+        super().stop()
+        self._clear_sockets()
 
     def ready(self) -> bool:
         """Ask for our bucket with our key, from our own process."""
@@ -139,15 +147,15 @@ class SeaweedFS(Server):
         authorization = f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders={names}, Signature={signature}"
         return headers | {"Authorization": authorization}
 
+    def usable(self, port: int) -> bool:
+        """Whether the port is free, and no other user's socket of the same number stands in /tmp."""
+        return super().usable(port) and all(os.stat(path).st_uid == os.geteuid() for path in _sockets(port))
+
     def _clear_sockets(self) -> None:
-        """Remove Unix sockets of an earlier run on our ports; their place is fixed in the program."""
-        for part in ("s3", "filer", "master", "volume", "admin"):
-            for stem in (
-                f"{part}-grpc-{self.ports[f'seaweedfs_{part}_grpc']}",
-                f"{part}-{self.ports[f'seaweedfs_{part}']}",
-            ):
+        for port in self.ports.values():
+            for path in _sockets(port):
                 with contextlib.suppress(OSError):
-                    os.unlink(f"/tmp/seaweedfs-{stem}.sock")  # noqa: S108 - see above
+                    os.unlink(path)
 
     @property
     def _data(self) -> Path:
@@ -156,6 +164,11 @@ class SeaweedFS(Server):
     @property
     def _identities(self) -> Path:
         return self.home / "identities.json"
+
+
+def _sockets(port: int) -> list[str]:
+    """Unix sockets that a killed server left behind for this port; their place is fixed in the program."""
+    return glob.glob(f"/tmp/seaweedfs-*-{port}.sock")  # noqa: S108 - see above
 
 
 def _write_private(path: Path, text: str) -> None:

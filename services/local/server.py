@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -104,6 +104,10 @@ class Server(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Ask once whether it answers with our credentials, and finish its first-time set-up."""
+
+    def usable(self, port: int) -> bool:
+        """Whether this server could listen on the port."""
+        return is_free(port)
 
     def start(self, ports: Mapping[str, int]) -> ProcessIdentity:
         """Run the server and return when it answers.
@@ -205,13 +209,13 @@ def unprivileged_user() -> pwd.struct_passwd | None:
         ) from None
 
 
-def pick_ports(names: Sequence[str], recorded: Mapping[str, int]) -> dict[str, int]:
-    """Return a free loopback port for each name: the recorded one unless somebody else took it, else a new one."""
+def pick_ports(server: Server, recorded: Mapping[str, int]) -> dict[str, int]:
+    """Return a loopback port for each of the server's names: the recorded one unless it was taken, else a new one."""
     ports: dict[str, int] = {}
-    others = {port for name, port in recorded.items() if name not in names}
-    for name in names:
+    others = {port for name, port in recorded.items() if name not in server.port_names}
+    for name in server.port_names:
         port = recorded.get(name)
-        while port is None or port in ports.values() or port in others or not is_free(port):
+        while port is None or port in ports.values() or port in others or not server.usable(port):
             port = random.choice(_PORTS)  # noqa: S311 - not a secret
         ports[name] = port
     return ports

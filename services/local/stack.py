@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from services.local.postgres import Postgres
 from services.local.seaweedfs import BUCKET, SeaweedFS
-from services.local.server import LocalServerError, ProcessIdentity, Server, is_free, kill_and_wait, pick_ports
+from services.local.server import LocalServerError, ProcessIdentity, Server, kill_and_wait, pick_ports
 from services.local.valkey import Valkey
 
 _SECRETS = (
@@ -183,12 +183,12 @@ class LocalStack:
         for attempt in range(1, _ATTEMPTS + 1):
             with self._recording:
                 if not same_ports:
-                    self._ports |= pick_ports(server.port_names, self._ports)
+                    self._ports |= pick_ports(server, self._ports)
             ports = {port_name: self._ports[port_name] for port_name in server.port_names}
             try:
                 self._processes[name] = server.start(ports)
             except LocalServerError:
-                if same_ports or attempt == _ATTEMPTS or all(is_free(port) for port in ports.values()):
+                if same_ports or attempt == _ATTEMPTS or all(server.usable(port) for port in ports.values()):
                     raise  # not for a port
             else:
                 self._record()

@@ -83,7 +83,7 @@ def _hold(data_dir: Path) -> tuple[subprocess.Popen[str], LocalUrls, dict[str, i
         [sys.executable, "-c", HOLD, str(data_dir)],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert holder.stdout is not None
     with holder.stdout as pipe:
@@ -118,6 +118,7 @@ def test_stop_leaves_no_process(stack: LocalStack) -> None:
 
     assert not [identity for identity in identities if identity.alive()]
     assert stack.pids == {}
+    assert not [path for port in stack.ports.values() for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
 
 def test_start_after_everything_was_killed(tmp_path: Path, stack: LocalStack) -> None:
