@@ -26,7 +26,6 @@ from services.local.server import LOOPBACK, Command, LocalServerError, Server
 REGION = "us-east-1"
 BUCKET = "forgetd"
 
-_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _VOLUME_MEGABYTES = 256
 _VOLUMES = 4_000  # with the above about 1 TB; the disk is the real limit
 
@@ -105,17 +104,25 @@ class SeaweedFS(Server):
         self._clear_sockets()
 
     def ready(self) -> bool:
-        """Ask for our bucket with our key, from our own process."""
+        """Write and erase an object: the gateway answers some time before the volumes have reported to the master."""
+        path = f"/{BUCKET}/.ready"
+        return (
+            self._holds()
+            and self._ask("PUT", path, b"ready") == http.client.OK
+            and self._ask("DELETE", path) == http.client.NO_CONTENT
+        )
+
+    def _ask(self, method: str, path: str, body: bytes = b"") -> int:
+        """Send one signed request and return its status."""
         connection = http.client.HTTPConnection(LOOPBACK, self.ports["seaweedfs_s3"], timeout=5)
         try:
             host = f"{LOOPBACK}:{self.ports['seaweedfs_s3']}"
-            connection.request("HEAD", f"/{BUCKET}", headers=self._signed_headers(host, f"/{BUCKET}"))
-            status = connection.getresponse().status
+            connection.request(method, path, body, self._signed_headers(method, host, path, body))
+            return connection.getresponse().status
         except http.client.HTTPException as error:
             raise OSError(str(error)) from error
         finally:
             connection.close()
-        return status == http.client.OK and self._holds()
 
     def _holds(self) -> bool:
         """Whether it listens on our ports: finding one taken, it would quietly move to another.
@@ -131,13 +138,14 @@ class SeaweedFS(Server):
             raise LocalServerError(f"seaweedfs listens on ports that we did not give it: {sorted(stray)}")
         return self.ports["seaweedfs_s3"] in listening
 
-    def _signed_headers(self, host: str, path: str) -> dict[str, str]:
-        """Return the AWS Signature 4 headers of a bare HEAD (importing an S3 client would double our start time)."""
+    def _signed_headers(self, method: str, host: str, path: str, body: bytes) -> dict[str, str]:
+        """Return the AWS Signature 4 headers of a plain request (importing an S3 client would double our start)."""
+        digest = hashlib.sha256(body).hexdigest()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         scope = f"{stamp[:8]}/{REGION}/s3/aws4_request"
-        headers = {"host": host, "x-amz-content-sha256": _EMPTY_SHA256, "x-amz-date": stamp}
+        headers = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": stamp}
         names = ";".join(headers)
-        canonical = "\n".join(["HEAD", path, "", *(f"{k}:{v}" for k, v in headers.items()), "", names, _EMPTY_SHA256])
+        canonical = "\n".join([method, path, "", *(f"{k}:{v}" for k, v in headers.items()), "", names, digest])
         to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
         key = b"AWS4" + self.secrets["s3_secret_key"].encode()
         for part in scope.split("/"):
