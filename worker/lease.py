@@ -22,6 +22,7 @@ RENEWALS_PER_LEASE = 4
 SLOWEST_VISIT_SECONDS = 2.0  # a cancel is seen after this at the latest
 PROGRESS_SECONDS = 1.0  # between two writes of progress in the same phase
 RETRY_SECONDS = 0.25
+LEAVE_SECONDS = 5.0
 
 
 @dataclass
@@ -58,6 +59,7 @@ class LeaseKeeper:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._wake.set()
+        self._thread.join(LEAVE_SECONDS)  # it may be in the middle of a visit to a database that does not answer
 
     @property
     def held(self) -> bool:

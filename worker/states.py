@@ -17,6 +17,8 @@ __all__ = ["StateKeeper"]
 
 logger = logging.getLogger(__name__)
 
+LEAVE_SECONDS = 5.0
+
 
 class StateKeeper:
     """Uploads states in a thread of its own. A state that is overtaken by a newer one before its turn is skipped."""
@@ -42,6 +44,7 @@ class StateKeeper:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._thread.join(LEAVE_SECONDS)
 
     def add(self, path: Path, step: int) -> None:
         """Take a state over: the file is uploaded and then removed."""

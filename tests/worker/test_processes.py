@@ -2,18 +2,150 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 
-from tests.worker.helpers import Jobs, Process
+import pytest
+import redis
+
+from services import leases
+from services.settings import Settings
+from tests.conftest import Servers
+from tests.worker.helpers import QUEUE, Jobs, Process, alive, eventually
+
+LONG = {"steps": 100, "step_seconds": 0.05, "state_every": 5}
+
+Start = Callable[[], Process]
 
 
-def test_a_queued_job_runs_and_is_published(
-    jobs: Jobs, start_worker: Callable[[], Process], start_control: Callable[[], Process]
-) -> None:
-    start_control()
-    start_worker()
+def test_a_queued_job_is_rung_run_and_published(jobs: Jobs, start_worker: Start, start_control: Start) -> None:
+    controls = [start_control(), start_control()]
+    worker = start_worker()
     job_id = jobs.queue()
 
     row = jobs.end(job_id)
 
     assert row.status == "succeeded"
+    assert len(jobs.starts(job_id)) == 1
+    for process in (*controls, worker):
+        process.send(signal.SIGTERM)
+    assert [process.wait(10) for process in (*controls, worker)] == [0, 0, 0]
+
+
+def test_a_worker_that_is_told_to_go_drains_and_another_resumes(
+    jobs: Jobs, start_worker: Start, start_control: Start
+) -> None:
+    start_control()
+    first = start_worker()
+    job_id = jobs.queue(**LONG)
+    eventually(jobs.at_step(job_id, 12), within=30)
+
+    first.send(signal.SIGTERM)
+
+    assert first.wait(15) == 0
+    stopped_at = max(line["step"] for line in jobs.trace(job_id))
+    assert jobs.row(job_id).attempt == 0
+    start_worker()
+    assert jobs.end(job_id).status == "succeeded"
+    assert [start["step"] for start in jobs.starts(job_id)] == [0, stopped_at]
+    assert jobs.row(job_id).attempt == 1
+
+
+def test_a_killed_worker_leaves_no_runner_and_its_job_is_resumed(
+    jobs: Jobs, settings: Settings, start_worker: Start, start_control: Start
+) -> None:
+    start_control()
+    first = start_worker()
+    job_id = jobs.queue(**LONG)
+    eventually(jobs.has_state(job_id), within=30)
+    runner = jobs.starts(job_id)[0]["pid"]
+
+    first.kill()
+
+    eventually(lambda: not alive(runner), within=1.2 * settings.lease_ttl_seconds)
+    start_worker()
+    row = jobs.end(job_id)
+    assert row.status == "succeeded"
+    assert (row.attempt, row.infrastructure_losses) == (2, 1)
+    assert jobs.starts(job_id)[1]["step"] >= 5
+
+
+def test_a_worker_that_stands_still_past_its_lease_is_fenced_off(
+    jobs: Jobs, settings: Settings, start_worker: Start, start_control: Start
+) -> None:
+    start_control()
+    first = start_worker()
+    job_id = jobs.queue(**LONG)
+    eventually(jobs.has_state(job_id), within=30)
+    runner = jobs.starts(job_id)[0]["pid"]
+
+    first.send(signal.SIGSTOP)
+    stopped_at = time.monotonic()
+
+    eventually(lambda: not alive(runner), within=3 * settings.lease_ttl_seconds)
+    assert time.monotonic() - stopped_at < 1.2 * settings.lease_ttl_seconds + 1.0  # and a loaded machine's delay
+    start_worker()
+    assert jobs.end(job_id).status == "succeeded"
+    first.send(signal.SIGCONT)
+    eventually(lambda: "the lease is lost" in first.log.read_text() or ": lost" in first.log.read_text())
+    row = jobs.row(job_id)
+    assert row.attempt == 2
+    eventually(
+        lambda: {key.split("/")[1] for key in jobs.keys(job_id) if "attempts" in key} == {str(row.fencing_token)}
+    )
+    first.send(signal.SIGTERM)
+    assert first.wait(15) == 0
+
+
+def test_a_bell_that_the_broker_lost_is_rung_again(
+    jobs: Jobs, settings: Settings, start_worker: Start, start_control: Start
+) -> None:
+    with jobs.database.transaction() as session:
+        leases.see_worker(session, "not listening yet", [QUEUE], 1)
+    start_control()
+    job_id = jobs.queue()
+    eventually(lambda: jobs.row(job_id).dispatched_at is not None)
+
+    with redis.Redis.from_url(settings.broker_url.get_secret_value()) as broker:
+        broker.flushall()
+
+    start_worker()
+    assert jobs.end(job_id).status == "succeeded"
+
+
+def test_a_dead_broker_delays_jobs_and_stops_neither_worker_nor_reaper(
+    jobs: Jobs, servers: Servers, settings: Settings, start_worker: Start, start_control: Start
+) -> None:
+    start_control()
+    start_worker()
+    jobs.end(jobs.queue(steps=1))
+    silent = jobs.queue(queue="gpu.other")
+    with jobs.database.transaction() as session:
+        leases.claim(session, silent, worker="gone", ttl_seconds=1.0)
+
+    servers.stack.kill_server("valkey")
+    try:
+        job_id = jobs.queue()
+        eventually(jobs.status(silent, "queued"))
+        assert jobs.row(job_id).status == "queued"
+    finally:
+        servers.stack.start_server("valkey")
+
+    assert jobs.end(job_id).status == "succeeded"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_leaves_while_its_broker_is_away(
+    number: signal.Signals, servers: Servers, start_worker: Start
+) -> None:
+    servers.stack.kill_server("valkey")
+    try:
+        worker = start_worker()
+        eventually(lambda: "Cannot connect" in worker.log.read_text())
+
+        worker.send(number)
+
+        worker.wait(15)
+    finally:
+        servers.stack.start_server("valkey")

@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
-from tests.worker.helpers import Jobs
+import logging
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from os import kill
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, update
+
+from services import jobs as job_rows
+from services import leases
+from services.settings import Settings
+from services.tables import Job
+from services.tenancy import Caller
+from tests.worker.helpers import Jobs, alive, eventually
 from worker.supervisor import Supervisor
+
+LONG = {"steps": 400, "step_seconds": 0.02, "state_every": 5}
+
+
+@pytest.fixture
+def in_background() -> Callable[[Supervisor, str], Future[str]]:
+    """Runs a job in a thread."""
+    pool = ThreadPoolExecutor(4)
+    return lambda supervisor, job_id: pool.submit(supervisor.run, job_id)
+
+
+def cancel(jobs: Jobs, caller: Caller, job_id: str) -> None:
+    with jobs.database.transaction() as session:
+        job_rows.cancel(session, caller, job_id)
+
+
+def reap(jobs: Jobs, job_id: str) -> None:
+    """The reaper takes the job, whatever the lease says."""
+    with jobs.database.transaction() as session:
+        session.execute(
+            update(Job).where(Job.id == job_id).values(lease_until=func.clock_timestamp() - timedelta(seconds=1))
+        )
+        for job in leases.expired_leases(session):
+            leases.reap(session, job, budget=5)
 
 
 def test_a_job_is_claimed_run_and_published(supervisor: Supervisor, jobs: Jobs) -> None:
@@ -25,3 +65,300 @@ def test_a_duplicate_doorbell_claims_nothing(supervisor: Supervisor, jobs: Jobs)
 
     assert again == "not claimed"
     assert len(jobs.starts(job_id)) == jobs.row(job_id).attempt == 1
+
+
+def test_the_owner_sees_every_phase(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=10)
+
+    supervisor.run(job_id)
+
+    phases = [data["phase"] for kind, data in jobs.events(job_id) if kind == "phase"]
+    assert phases == ["unlearning", "evaluating", "publishing"]
+
+
+def test_the_runner_sees_no_credential(
+    supervisor: Supervisor, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, in_background: Callable[..., Future[str]]
+) -> None:
+    monkeypatch.setenv("FORGETD_DATABASE_URL", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    job_id = jobs.queue(**LONG)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    environment = Path(f"/proc/{jobs.starts(job_id)[0]['pid']}/environ").read_bytes()
+
+    supervisor.start_draining()
+    done.result(20)
+    assert b"FORGETD" not in environment
+    assert b"AWS" not in environment
+    assert b"secret" not in environment
+
+
+def test_scratch_is_private_and_gone_afterwards(
+    supervisor: Supervisor, settings: Settings, jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(steps=30)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    [folder] = settings.scratch_dir.glob("worker-*/job_*")
+    modes = [path.stat().st_mode & 0o077 for path in (settings.scratch_dir, folder.parent, folder)]
+
+    done.result(20)
+    assert modes == [0, 0, 0]
+    assert not folder.exists()
+
+
+# Draining and resuming.
+
+
+def test_a_drain_consumes_no_attempt_and_the_next_one_resumes(
+    make_supervisor: Callable[..., Supervisor], jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**LONG)
+    first = make_supervisor()
+    done = in_background(first, job_id)
+    eventually(jobs.at_step(job_id, 7))
+
+    first.start_draining()
+
+    assert done.result(20) == "queued"
+    row = jobs.row(job_id)
+    assert (row.attempt, row.infrastructure_losses) == (0, 0)
+    stopped_at = (row.resume or {})["step"]
+    assert stopped_at == max(line["step"] for line in jobs.trace(job_id))
+    second = make_supervisor()
+    done = in_background(second, job_id)
+    eventually(lambda: len(jobs.starts(job_id)) == 2)
+    assert jobs.starts(job_id)[1]["step"] == stopped_at
+    second.start_draining()
+    done.result(20)
+
+
+def test_a_draining_worker_claims_nothing(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue()
+    supervisor.start_draining()
+
+    assert supervisor.run(job_id) == "not claimed"
+    assert jobs.row(job_id).status == "queued"
+
+
+def test_a_runner_killed_in_the_middle_is_resumed_at_once(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=20, die_at=12)
+
+    first = supervisor.run(job_id)
+    second = supervisor.run(job_id)
+
+    assert (first, second) == ("queued", "succeeded")
+    assert [start["step"] for start in jobs.starts(job_id)] == [0, 10]
+    row = jobs.row(job_id)
+    assert (row.attempt, row.infrastructure_losses) == (2, 1)
+
+
+def test_a_damaged_state_costs_the_work_and_not_the_job(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=20, die_at=12)
+    supervisor.run(job_id)
+    key = (jobs.row(job_id).resume or {})["key"]
+    jobs.storage.put(key, b"something else", media_type="application/octet-stream")
+
+    outcome = supervisor.run(job_id)
+
+    assert outcome == "succeeded"
+    assert [start["step"] for start in jobs.starts(job_id)] == [0, 0]
+
+
+def test_only_the_newest_state_is_kept(
+    supervisor: Supervisor, jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**LONG)
+    done = in_background(supervisor, job_id)
+    eventually(lambda: ((jobs.row(job_id).resume or {}).get("step") or 0) >= 20)
+
+    supervisor.start_draining()
+    done.result(20)
+
+    states = [key for key in jobs.keys(job_id) if key.startswith("state/")]
+    assert len(states) == 1
+    assert (jobs.row(job_id).resume or {})["key"].endswith(states[0])
+
+
+# Cancelling.
+
+
+def test_a_cancelled_job_ends_and_publishes_nothing(
+    supervisor: Supervisor, jobs: Jobs, caller: Caller, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**LONG)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    cancel(jobs, caller, job_id)
+
+    assert done.result(20) == "cancelled"
+    assert jobs.row(job_id).published_prefix is None
+    assert not alive(jobs.starts(job_id)[0]["pid"])
+
+
+def test_a_runner_that_ignores_the_cancel_is_killed(
+    supervisor: Supervisor, jobs: Jobs, caller: Caller, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**{**LONG, "steps": 100_000}, deaf=True)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    cancel(jobs, caller, job_id)
+
+    assert done.result(20) == "cancelled"
+    assert not alive(jobs.starts(job_id)[0]["pid"])
+
+
+# Losing the lease.
+
+
+def test_an_attempt_whose_lease_was_taken_publishes_nothing(
+    make_supervisor: Callable[..., Supervisor], jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(steps=60, step_seconds=0.02)
+    first = in_background(make_supervisor(), job_id)
+    eventually(jobs.at_step(job_id, 1))
+    reap(jobs, job_id)
+    second = in_background(make_supervisor(), job_id)
+
+    outcomes = first.result(30), second.result(30)
+
+    assert outcomes == ("lost", "succeeded")
+    row = jobs.row(job_id)
+    prefixes = {key.split("/")[1] for key in jobs.keys(job_id) if key.startswith("attempts/")}
+    assert prefixes == {str(row.fencing_token)}
+    assert [kind for kind, _ in jobs.events(job_id)].count("succeeded") == 1
+
+
+def test_the_runner_is_killed_when_the_lease_was_taken(
+    supervisor: Supervisor, jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**LONG)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    reap(jobs, job_id)
+
+    assert done.result(20) == "lost"
+    assert not alive(jobs.starts(job_id)[0]["pid"])
+
+
+# How runs end.
+
+
+def test_missed_criteria_keep_the_report_and_withhold_the_weights(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=1, outcome="criteria_not_met")
+
+    outcome = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert (outcome, row.reason) == ("failed", "criteria_not_met")
+    assert [artifact["name"] for artifact in row.artifacts or []] == ["report.json"]
+    assert not [key for key in jobs.keys(job_id) if key.endswith("tamed.safetensors")]
+    assert (row.problem or {})["detail"] == "a sentence"
+
+
+def test_missed_criteria_release_the_weights_on_demand(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=1, outcome="criteria_not_met", criteria={"release_weights": "always"})
+
+    supervisor.run(job_id)
+
+    names = [artifact["name"] for artifact in jobs.row(job_id).artifacts or []]
+    assert names == ["tamed.safetensors", "report.json"]
+
+
+def test_a_user_error_is_told_and_not_repeated(supervisor: Supervisor, jobs: Jobs) -> None:
+    told = {"type": "urn:forgetd:problem:image-refused", "title": "No", "detail": "why"}
+    job_id = jobs.queue(steps=1, user_error=told)
+
+    outcome = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert (outcome, row.reason, row.problem) == ("failed", "user_error", told)
+
+
+def test_out_of_memory_halves_the_micro_batch_until_it_fits(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=5, out_of_memory_at=2, fits_at_divisor=4)
+
+    outcomes = [supervisor.run(job_id) for _ in range(3)]
+
+    assert outcomes == ["queued", "queued", "succeeded"]
+    assert [start["divisor"] for start in jobs.starts(job_id)] == [1, 2, 4]
+    assert jobs.row(job_id).infrastructure_losses == 0
+
+
+def test_out_of_memory_at_every_size_fails(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=5, out_of_memory_at=2, fits_at_divisor=1000)
+
+    outcomes = [supervisor.run(job_id) for _ in range(3)]
+
+    assert outcomes == ["queued", "queued", "failed"]
+    assert jobs.row(job_id).reason == "out_of_memory"
+
+
+def test_a_kill_that_the_kernel_made_for_memory_counts_as_out_of_memory(
+    make_supervisor: Callable[..., Supervisor], jobs: Jobs
+) -> None:
+    counts = iter([3, 4])
+    job_id = jobs.queue(steps=5, die_at=2)
+
+    make_supervisor(oom_kills=lambda: next(counts)).run(job_id)
+
+    assert jobs.row(job_id).out_of_memory_losses == 1
+
+
+def test_babble_is_an_internal_error(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=5, babble_at=2)
+
+    outcome = supervisor.run(job_id)
+
+    assert (outcome, jobs.row(job_id).reason) == ("failed", "internal")
+
+
+def test_a_crash_is_logged_by_its_place_and_not_by_its_words(
+    supervisor: Supervisor, jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = jobs.queue(steps=5, crash_at=2)
+
+    with caplog.at_level(logging.INFO):
+        outcome = supervisor.run(job_id)
+
+    assert outcome == "queued"
+    assert "RuntimeError" in caplog.text
+    assert "secret name" not in caplog.text
+
+
+def test_a_link_out_of_the_folder_is_not_followed(supervisor: Supervisor, jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    job_id = jobs.queue(steps=1, link_out=str(tmp_path / "credentials"))
+
+    outcome = supervisor.run(job_id)
+
+    assert (outcome, jobs.row(job_id).reason) == ("failed", "internal")
+    assert jobs.keys(job_id) == []
+
+
+def test_erased_images_are_a_problem_of_the_caller(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(image_set="imgs_" + "0" * 32)
+
+    outcome = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert (outcome, row.reason) == ("failed", "user_error")
+    assert (row.problem or {})["type"] == "urn:forgetd:problem:input-missing"
+
+
+def test_a_runner_that_was_stopped_from_outside_hands_its_job_back(
+    supervisor: Supervisor, jobs: Jobs, in_background: Callable[..., Future[str]]
+) -> None:
+    job_id = jobs.queue(**LONG)
+    done = in_background(supervisor, job_id)
+    eventually(jobs.at_step(job_id, 1))
+
+    kill(jobs.starts(job_id)[0]["pid"], signal.SIGTERM)
+
+    assert done.result(20) == "queued"
+    assert jobs.row(job_id).resume is not None

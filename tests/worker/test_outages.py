@@ -1,0 +1,102 @@
+"""Servers that go away in the middle: the database, its reply to a COMMIT, the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import make_url
+
+from services.database import Database
+from services.settings import Settings
+from tests.conftest import Servers
+from tests.worker.helpers import Jobs, alive, eventually
+from tests.worker.proxy import CommitLosingProxy
+from worker.supervisor import Supervisor
+
+
+@pytest.fixture
+def proxy(settings: Settings) -> Iterator[CommitLosingProxy]:
+    """A way to the database that loses replies."""
+    url = make_url(settings.database_url.get_secret_value())
+    proxy = CommitLosingProxy(url.host or "", url.port or 0)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def through_proxy(settings: Settings, proxy: CommitLosingProxy) -> Iterator[Database]:
+    """The database behind that way."""
+    url = make_url(settings.database_url.get_secret_value()).set(port=proxy.port)
+    database = Database(url.render_as_string(hide_password=False))
+    yield database
+    database.close()
+
+
+@pytest.mark.parametrize("mark", [b"nextval('fencing_tokens')", b"published_prefix="], ids=["claim", "publication"])
+def test_a_commit_whose_reply_was_lost_counts_once(
+    mark: bytes,
+    proxy: CommitLosingProxy,
+    through_proxy: Database,
+    make_supervisor: Callable[..., Supervisor],
+    jobs: Jobs,
+) -> None:
+    job_id = jobs.queue(steps=2)
+    supervisor = make_supervisor(database=through_proxy)
+    proxy.lose_commit_after(mark)
+
+    outcome = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert proxy.lost.is_set()
+    assert (outcome, row.status, row.attempt) == ("succeeded", "succeeded", 1)
+    assert len(jobs.starts(job_id)) == 1
+    assert f"attempts/{row.fencing_token}/manifest.json" in jobs.keys(job_id)
+
+
+def test_a_database_outage_shorter_than_the_lease_costs_nothing(
+    servers: Servers, settings: Settings, make_supervisor: Callable[..., Supervisor], jobs: Jobs
+) -> None:
+    patient = make_supervisor(settings=settings.model_copy(update={"lease_ttl_seconds": 60.0}))
+    job_id = jobs.queue(steps=40, step_seconds=0.05)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(patient.run, job_id)
+        eventually(jobs.at_step(job_id, 2))
+
+        servers.stack.restart_postgres(kill=True)
+
+        assert done.result(60) == "succeeded"
+    assert len(jobs.starts(job_id)) == jobs.row(job_id).attempt == 1
+
+
+def test_a_database_outage_longer_than_the_lease_kills_the_runner(
+    servers: Servers, supervisor: Supervisor, jobs: Jobs
+) -> None:
+    job_id = jobs.queue(steps=10_000, step_seconds=0.05)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(supervisor.run, job_id)
+        eventually(jobs.at_step(job_id, 2))
+        runner = jobs.starts(job_id)[0]["pid"]
+
+        servers.stack.kill_server("postgres")
+        try:
+            eventually(lambda: not alive(runner), within=15)
+        finally:
+            servers.stack.start_server("postgres")
+
+        assert done.result(60) == "queued"
+
+
+def test_a_store_outage_is_waited_out(servers: Servers, supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=2)
+    servers.stack.kill_server("seaweedfs")
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(supervisor.run, job_id)
+        try:
+            eventually(lambda: jobs.row(job_id).status == "running")
+        finally:
+            servers.stack.start_server("seaweedfs")
+
+        assert done.result(60) == "succeeded"
+    assert jobs.row(job_id).attempt == 1
