@@ -1,0 +1,130 @@
+"""The runner's side of its contract, without a job: the dead man's switch, SIGTERM, standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.worker.helpers import ROOT, eventually
+
+Run = Callable[..., "subprocess.Popen[bytes]"]
+
+HEAD = "import os, sys, time\nfrom worker.runner.contract import *\n"
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Runs a piece of a runner in a session of its own."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(code: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HEAD + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def test_the_end_of_the_pipe_ends_the_runner(run: Run) -> None:
+    process = run("DeadMansSwitch(600).start()\nprint('up', flush=True)\ntime.sleep(600)")
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.readline()
+
+    process.stdin.close()
+
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_silence_ends_the_runner_and_beats_keep_it(run: Run) -> None:
+    process = run("DeadMansSwitch(1.0).start()\nprint('up', flush=True)\ntime.sleep(600)")
+    assert process.stdout is not None
+    assert process.stdin is not None
+    stdin = process.stdin
+    process.stdout.readline()
+    began = time.monotonic()
+
+    def beaten_for_two_leases() -> bool:
+        os.write(stdin.fileno(), b".")
+        return time.monotonic() > began + 2.4
+
+    eventually(beaten_for_two_leases)
+    assert process.poll() is None
+    silent_since = time.monotonic()
+    assert process.wait(10) == -signal.SIGKILL
+    assert 1.0 < time.monotonic() - silent_since < 3.0
+
+
+def test_the_runner_takes_its_children_along(run: Run) -> None:
+    process = run(
+        "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\nDeadMansSwitch(600).start()\n"
+        "print(child.pid, flush=True)\ntime.sleep(600)"
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    child = int(process.stdout.readline())
+
+    process.stdin.close()
+    process.wait(10)
+
+    eventually(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
+
+
+def test_stray_prints_do_not_reach_the_messages(run: Run) -> None:
+    process = run("r = Reporter()\nprint('stray')\nos.write(1, b'stray too\\n')\nr.phase('unlearning')")
+
+    out, err = process.communicate(timeout=20)
+
+    assert [json.loads(line) for line in out.splitlines()] == [{"type": "phase", "phase": "unlearning"}]
+    assert b"stray" in err
+    assert b"stray too" in err
+
+
+def test_figures_that_json_does_not_know_are_left_out(run: Run) -> None:
+    process = run(
+        "r = Reporter()\nr.progress(step=1, total=1, eta_seconds=None, losses={'a': float('nan'), 'b': 1.0}, "
+        "metrics={'c': float('-inf')})"
+    )
+
+    out, _ = process.communicate(timeout=20)
+
+    message = json.loads(out)
+    assert (message["losses"], message["metrics"]) == ({"b": 1.0}, {})
+
+
+def test_sigterm_waits_for_a_step_and_interrupts_what_has_none(run: Run) -> None:
+    process = run(
+        "stop = Stop()\nprint('up', flush=True)\n"
+        "while not stop.requested:\n    time.sleep(0.01)\n"
+        "print('at a step', flush=True)\n"
+        "try:\n    with stop.at_once():\n        time.sleep(600)\n"
+        "except Interrupted:\n    print('interrupted', flush=True)"
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+
+    process.terminate()
+
+    out, _ = process.communicate(timeout=20)
+    assert out.split(b"\n")[:2] == [b"at a step", b"interrupted"]

@@ -1,0 +1,97 @@
+"""What must be gone: states, lost attempts, the images of people, uploads that nobody finished."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import uuid_utils
+
+from services import object_keys
+from services.storage import ObjectStorage
+from services.tables import Checkpoint, ImageSet, Job
+from tests.worker.helpers import Jobs
+from worker import janitor
+from worker.supervisor import Supervisor
+
+
+def test_an_ended_job_keeps_its_publication_alone(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=10)
+    supervisor.run(job_id)
+    stale = object_keys.attempt_prefix(jobs.tenant_id, job_id, 999_999)
+    jobs.storage.put(stale + "tamed.safetensors", b"of a zombie", media_type="application/octet-stream")
+    assert any(key.startswith("state/") for key in jobs.keys(job_id))
+
+    janitor.sweep(jobs.database, jobs.storage)
+
+    row = jobs.row(job_id)
+    published = f"attempts/{row.fencing_token}/"
+    assert row.swept_at is not None
+    assert jobs.keys(job_id) == [published + name for name in ("manifest.json", "report.json", "tamed.safetensors")]
+
+
+def test_the_forgotten_images_are_erased_once_the_job_ended(supervisor: Supervisor, jobs: Jobs) -> None:
+    image_set_id = jobs.image_set()
+    job_id = jobs.queue(steps=1, image_set=image_set_id)
+    prefix = object_keys.image_set_prefix(jobs.tenant_id, image_set_id)
+    janitor.sweep(jobs.database, jobs.storage)
+    assert jobs.storage.keys(prefix)
+
+    supervisor.run(job_id)
+    janitor.sweep(jobs.database, jobs.storage)
+
+    assert jobs.storage.keys(prefix) == []
+    with jobs.database.transaction() as session:
+        row = session.get_one(ImageSet, image_set_id)
+        assert row.erased_at is not None
+        assert row.images == []
+
+
+def test_images_past_their_hours_are_erased_whatever_waits_for_them(jobs: Jobs) -> None:
+    image_set_id = jobs.image_set(hours=-1)
+    jobs.queue(image_set=image_set_id)
+
+    janitor.sweep(jobs.database, jobs.storage)
+
+    assert jobs.storage.keys(object_keys.image_set_prefix(jobs.tenant_id, image_set_id)) == []
+
+
+def test_the_source_of_an_import_is_deleted(jobs: Jobs) -> None:
+    key = object_keys.checkpoint_source(jobs.tenant_id, jobs.checkpoint_id)
+    jobs.storage.put(key, b"as uploaded", media_type="application/octet-stream")
+    with jobs.database.transaction() as session:
+        session.get_one(Checkpoint, jobs.checkpoint_id).source_key = key
+        session.add(
+            Job(
+                id="job_" + "0" * 32,
+                tenant_id=jobs.tenant_id,
+                kind="import",
+                queue="cpu.convert",
+                checkpoint_id=jobs.checkpoint_id,
+                request={},
+                seed=0,
+                status="failed",
+                finished_at=datetime.now(UTC),
+            )
+        )
+
+    janitor.sweep(jobs.database, jobs.storage)
+
+    assert key not in jobs.storage.keys(object_keys.checkpoint_prefix(jobs.tenant_id, jobs.checkpoint_id))
+    with jobs.database.transaction() as session:
+        assert session.get_one(Checkpoint, jobs.checkpoint_id).source_key is None
+
+
+def test_uploads_without_a_row_go_after_a_day(jobs: Jobs, storage: ObjectStorage) -> None:
+    milliseconds = int((datetime.now(UTC) - timedelta(hours=25)).timestamp() * 1000)
+    day_old = f"{milliseconds:012x}{uuid_utils.uuid7().hex[12:]}"
+    old = object_keys.image(jobs.tenant_id, f"imgs_{day_old}", 0)
+    fresh = object_keys.image(jobs.tenant_id, f"imgs_{uuid_utils.uuid7().hex}", 0)
+    known = object_keys.image(jobs.tenant_id, jobs.image_set(), 0)
+    for key in (old, fresh):
+        storage.put(key, b"image", media_type="image/png")
+
+    janitor.tidy(jobs.database, storage)
+
+    left = storage.keys(object_keys.tenant_prefix(jobs.tenant_id))
+    assert old not in left
+    assert {fresh, known} <= set(left)
