@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-import anyio
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -23,7 +22,7 @@ from api.dependencies import (
 )
 from api.problems import documented
 from api.schemas import ImageSetResource
-from api.uploads import form_files
+from api.uploads import clean_up, form_files
 from services import idempotency, image_sets
 from services.database import Database
 from services.errors import (
@@ -92,7 +91,10 @@ async def upload(
 async def _intake(
     database: Database, storage: ObjectStorage, settings: Settings, caller: Caller
 ) -> AsyncIterator[tuple[str, ImageIntake]]:
-    """A set being filled; an error inside the block, or a caller who leaves, takes out all of it."""
+    """A set being filled; an error inside the block, or a caller who leaves, takes out all of it.
+
+    Where that fails too, the set's row stays, and with it the cap on the life of its images.
+    """
     image_set_id = new_id("imgs")
     await run_in_threadpool(_begin, database, caller, image_set_id, settings.image_set_hours)
     try:
@@ -102,11 +104,9 @@ async def _intake(
         try:
             yield image_set_id, intake
         finally:
-            with anyio.CancelScope(shield=True):
-                await run_in_threadpool(intake.close)
+            await clean_up(intake.close)
     except BaseException:
-        with anyio.CancelScope(shield=True):
-            await run_in_threadpool(_discard, database, storage, caller, image_set_id)
+        await clean_up(_discard, database, storage, caller, image_set_id)
         raise
 
 

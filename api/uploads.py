@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
@@ -20,8 +21,9 @@ from services.storage import ObjectStorage, StoredObject, Upload
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-__all__ = ["announced_sha256", "capped", "form_files", "stored_body"]
+__all__ = ["announced_sha256", "capped", "clean_up", "form_files", "stored_body"]
 
+logger = logging.getLogger("forgetd.api")
 SNIFF_BYTES = 16
 MAX_PART_HEADER_BYTES = 8192
 
@@ -83,9 +85,17 @@ async def stored_body(
             raise DigestMismatch("The bytes that arrived have another SHA-256 than announced; send the file again.")
         yield await run_in_threadpool(upload.finish)
     except BaseException:
-        with anyio.CancelScope(shield=True):
-            await run_in_threadpool(_take_out, storage, upload, key)
+        await clean_up(_take_out, storage, upload, key)
         raise
+
+
+async def clean_up(undo: Callable[..., None], *arguments: object) -> None:
+    """Undo in a thread, also when the caller is gone; a failure is logged and does not hide what went wrong before."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await run_in_threadpool(undo, *arguments)
+        except Exception as error:
+            logger.warning("%s failed with %s", undo.__name__, type(error).__name__)
 
 
 def _take_out(storage: ObjectStorage, upload: Upload, key: str) -> None:

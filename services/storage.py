@@ -141,6 +141,11 @@ class ObjectStorage:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
+    def unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        """Every multipart write under a prefix that was begun and neither finished nor aborted, as (key, upload id)."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [(item["Key"], item["UploadId"]) for page in pages for item in page.get("Uploads", [])]
+
     def erase(self, prefix: str) -> int:
         """Delete everything under a prefix: every version, delete marker and unfinished upload. Returns how many.
 
@@ -155,11 +160,9 @@ class ObjectStorage:
                 where: dict[str, Any] = {} if version in (None, "null") else {"VersionId": version}
                 self._client.delete_object(Bucket=self.bucket, Key=item["Key"], **where)
                 gone += 1
-        unfinished = self._client.get_paginator("list_multipart_uploads")
-        for listing in unfinished.paginate(Bucket=self.bucket, Prefix=prefix):
-            for part in listing.get("Uploads", []):
-                self._client.abort_multipart_upload(Bucket=self.bucket, Key=part["Key"], UploadId=part["UploadId"])
-                gone += 1
+        for key, upload_id in self.unfinished(prefix):
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
+            gone += 1
         left = self.keys(prefix)
         if left:
             raise RuntimeError(f"{len(left)} objects are still listed under {prefix} after their deletion")

@@ -26,7 +26,7 @@ LONGEST_FACTS = 4096
 
 REFUSALS = {
     "empty": "is empty; send the file's bytes",
-    "unknown_format": "is not a JPEG, PNG or WebP image; convert it to one of them",
+    "unknown_format": "is not a JPEG, PNG or WebP image, or its head is damaged; convert it to one of them",
     "too_many_pixels": "has too many pixels; scale it down",
     "too_small": "is less than 2 pixels wide or high; send a photo",
     "animated": "has more than one frame; send one still picture",

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from sqlalchemy import create_engine, make_url, text
 
@@ -29,7 +32,6 @@ from services.tenancy import Caller, NewKey
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS_WITHIN_SECONDS = 20.0
-MAX_CHECKPOINT_BYTES = 400 * 2**20
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,8 @@ def settings(servers: Any, database_url: str, tmp_path_factory: pytest.TempPathF
         s3_secret_key=urls.s3_secret_key,
         s3_bucket=urls.s3_bucket,
         scratch_dir=tmp_path_factory.mktemp("scratch"),
-        max_checkpoint_bytes=MAX_CHECKPOINT_BYTES,
         max_image_bytes=4 * 2**20,
-        max_image_set_bytes=16 * 2**20,
+        max_image_set_bytes=64 * 2**20,
         max_image_set_count=50,
     )
 
@@ -179,6 +180,29 @@ def connect(gateway: Gateway) -> Iterator[Callable[[NewKey], httpx.Client]]:
 def client(connect: Callable[[NewKey], httpx.Client], api_key: NewKey) -> httpx.Client:
     """A caller with a key."""
     return connect(api_key)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., httpx.Client]]:
+    """Serves an application of other settings on a port of its own, in this process; gives a client."""
+    running: list[tuple[uvicorn.Server, threading.Thread, httpx.Client]] = []
+
+    def start(app: FastAPI, key: NewKey | None = None) -> httpx.Client:
+        line = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
+        thread.start()
+        headers = {"Authorization": f"Bearer {key.secret}"} if key else {}
+        url = f"http://127.0.0.1:{line.getsockname()[1]}"
+        client = httpx.Client(base_url=url, timeout=30, trust_env=False, headers=headers)
+        running.append((server, thread, client))
+        return client
+
+    yield start
+    for server, thread, client in running:
+        client.close()
+        server.should_exit = True
+        thread.join(10)
 
 
 def png(shade: int = 0, size: tuple[int, int] = (12, 10), mode: str = "L") -> bytes:
