@@ -18,7 +18,7 @@ app = typer.Typer(help="Upload models, and see what became of them.", no_args_is
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint's id: ckpt_...")]
 PUSH_EXAMPLE = "forgetd checkpoints push glow.safetensors --name faces"
-SHOW_EXAMPLE = "forgetd checkpoints list | cut -f1 | head -1 | xargs forgetd checkpoints show"
+SHOW_EXAMPLE = "forgetd checkpoints show ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"
 
 
 @command(app, example=PUSH_EXAMPLE)

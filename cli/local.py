@@ -11,7 +11,10 @@ from cli.options import DataDir, command
 
 __all__ = ["register"]
 
-Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="The gateway's port; the next free one if taken.")]
+Port = Annotated[
+    int,
+    typer.Option("--port", min=0, max=65535, help="The gateway's port; the next free one if taken, any if 0."),
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cli.client import Client
+from tests.cli.processes import Up
 from tests.cli.scripted import Answer, ScriptedServer
 
 KEY = "fgt_" + "0" * 32 + "_" + "k" * 43
@@ -52,3 +53,11 @@ def few_open_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 50, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """The whole service, as ``forgetd up`` runs it, for the folder's tests."""
+    service = Up(tmp_path_factory.mktemp("up"))
+    yield service
+    service.close()
