@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 
 from services.errors import UnsupportedMediaType
 
 __all__ = ["StrictJsonRoute"]
 
 MAX_DEPTH = 32
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class StrictJsonRoute(APIRoute):
@@ -35,7 +38,7 @@ class StrictJsonRoute(APIRoute):
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        return _parse(await self.body())
+        return await run_in_threadpool(_parse, await self.body())  # a full body takes a while: not on the event loop
 
 
 def _is_json(content_type: str) -> bool:
@@ -85,5 +88,5 @@ def _check(value: Any, depth: int) -> None:
             _check(item, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise json.JSONDecodeError("a number is too large", "", 0)
-    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+    elif isinstance(value, str) and UNSTORABLE.search(value):
         raise json.JSONDecodeError("a string holds NUL or half a surrogate pair", "", 0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -23,6 +25,9 @@ PROGRAM = Path(__file__).with_name("image_process.py")
 MEMORY_BYTES = 2**30  # address space: an image at the pixel cap needs about 700 MB on its way
 WALL_SECONDS = 60.0  # per image; the processor time has its own, shorter limit
 LONGEST_FACTS = 4096
+
+WALLS = frozenset({"limits", "network", "files", "privileges"})
+logger = logging.getLogger("forgetd.sandbox")
 
 REFUSALS = {
     "empty": "is empty; send the file's bytes",
@@ -75,6 +80,7 @@ class ImageDecoder:
         )
         try:
             self.isolation: list[str] = self._facts()["isolation"]
+            _warn_once(tuple(sorted(WALLS - set(self.isolation))))
         except EOFError as error:
             self.close()
             raise RuntimeError("the image process did not start") from error
@@ -120,6 +126,11 @@ class ImageDecoder:
         self.close()
 
     @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
     def _stdin(self) -> IO[bytes]:
         if self._process.stdin is None:
             raise EOFError
@@ -131,6 +142,12 @@ class ImageDecoder:
 
     def _frame(self, *, at_most: int = MEMORY_BYTES) -> bytes:
         return _exactly(self._process.stdout, struct.unpack(">Q", _exactly(self._process.stdout, 8))[0], at_most)
+
+
+@lru_cache
+def _warn_once(missing: tuple[str, ...]) -> None:
+    if missing:
+        logger.warning("images are decoded without these walls, which this host does not allow: %s", ", ".join(missing))
 
 
 def _exactly(stream: IO[bytes] | None, count: int, at_most: int = MEMORY_BYTES) -> bytes:
