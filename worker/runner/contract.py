@@ -153,6 +153,10 @@ class Stop:
         finally:
             self._at_once = False
 
+    def at_steps(self) -> None:
+        """From the first step on there is something to save: for the rest of the block SIGTERM is a flag."""
+        self._at_once = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.requested = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -183,6 +184,7 @@ def _unlearn(
     last: list[Step] = []
 
     def callback(step: Step) -> None:
+        stop.at_steps()
         last[:] = [step]
         eta = clock.eta(step)
         reporter.progress(step=step.step, total=step.total, eta_seconds=eta, losses=step.losses, metrics=step.metrics)
@@ -192,16 +194,17 @@ def _unlearn(
         schedule.offer(step)
 
     def tame(state: State | None) -> TamingResult:
-        return unlearning.tame(
-            cast(Flow, base),
-            sets.forget.pixels,
-            sets.remember,
-            parameters,
-            n_bits=base.n_bits,
-            seed=job["seed"],
-            state=state,
-            callback=callback,
-        )
+        with stop.at_once():  # up to the first step there is nothing new to save
+            return unlearning.tame(
+                cast(Flow, base),
+                sets.forget.pixels,
+                sets.remember,
+                parameters,
+                n_bits=base.n_bits,
+                seed=job["seed"],
+                state=state,
+                callback=callback,
+            )
 
     try:
         try:
@@ -230,17 +233,17 @@ class _Clock:
 
     def eta(self, step: Step) -> float | None:
         """Seconds that are left, or None at the first step."""
-        now, z = time.monotonic(), step.metrics.get("z_min", float("-inf"))
-        if self._first is None or self._first[2] == float("-inf"):
+        now, z = time.monotonic(), step.metrics.get("z_min", math.nan)
+        if self._first is None:
             self._first = (now, step.step, z)
             return None
         began, first_step, first_z = self._first
         elapsed = now - began
         latest = (step.total - step.step) * elapsed / max(1, step.step - first_step)
-        gained = (z - first_z) / elapsed if elapsed > 0 else 0.0
-        if gained <= 0:
+        gained = z - first_z
+        if not (math.isfinite(gained) and gained > 0):
             return latest
-        return min(latest, max(0.0, self._target - z) / gained)
+        return min(latest, max(0.0, self._target - z) * elapsed / gained)
 
 
 def _evaluate(
