@@ -32,7 +32,15 @@ SETS = ("forget", "same_identity", "remember", "held_out")
 
 
 def run(*, person: int, seed: int, out: Path, keep_running: bool, data_dir: Path | None, port: int) -> int:
-    """Start, train, upload, forget, fetch, show."""
+    """Start, train, upload, forget, fetch, show; an interrupt stops what was started."""
+    try:
+        return _run(person, seed, out, keep_running, resolve_data_dir(data_dir), port)
+    except KeyboardInterrupt:
+        say("Interrupted; everything that the demo started is stopped.")
+        return ExitCode.INTERRUPTED
+
+
+def _run(person: int, seed: int, out: Path, keep_running: bool, data_dir: Path, port: int) -> int:
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="forgetd-demo-") as folder, ExitStack() as stack:
@@ -40,7 +48,7 @@ def run(*, person: int, seed: int, out: Path, keep_running: bool, data_dir: Path
         preparation = stack.enter_context(
             _Python("examples.demo_inputs", "--person", str(person), "--out", str(photos))
         )
-        service, client = _service(stack, resolve_data_dir(data_dir), port)
+        service, client = _service(stack, data_dir, port)
         prepared = json.loads(preparation.finish("Preparing the photos"))
         base = Path(prepared["base"])
         if not prepared["trained"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ __all__ = [
     "transfer_bar",
     "watch_bar",
 ]
+
+PLAIN_SECONDS = 10.0  # between two lines about the same phase where there is no terminal
+TELLING = ("z_min", "drift")  # the metrics that say most to whoever waits
 
 
 def emit(text: str) -> None:
@@ -169,13 +173,15 @@ def watch_bar() -> Iterator[Callable[[Job], None]]:
 
 
 def _plain_watcher() -> Callable[[Job], None]:
-    last = ""
+    last, told = "", 0.0
 
     def show(job: Job) -> None:
-        nonlocal last
-        if (now := _where(job)) != last:
-            last = now
-            say(f"{job.id} {now}")
+        nonlocal last, told
+        now, moment = _where(job), time.monotonic()
+        if now == last and (job.finished or moment - told < PLAIN_SECONDS):
+            return
+        last, told = now, moment
+        say(f"{job.id} {now}  {'' if job.finished else progress_note(job)}".rstrip())
 
     return show
 
@@ -192,7 +198,8 @@ def progress_note(job: Job) -> str:
         parts.append(f"step {progress.step}" + (f"/{progress.total}" if progress.total else ""))
     if progress.eta_seconds is not None:
         parts.append(f"eta {progress.eta_seconds:.0f} s")
-    parts += [f"{name} {_figure(value)}" for name, value in [*progress.metrics.items()][:2]]
+    telling = [name for name in TELLING if name in progress.metrics] or [*progress.metrics][:2]
+    parts += [f"{name} {_figure(progress.metrics[name])}" for name in telling]
     return "  ".join(parts)
 
 

@@ -1,0 +1,67 @@
+"""What README and docs claim and a program can check: links, commands, settings, tasks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic_core import PydanticUndefined
+from typer.testing import CliRunner
+
+from cli.main import app
+from services.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("howto-*.md")), ROOT / "docs" / "running.md"]
+COMMAND = re.compile(r"(?<![\w/.\-])forgetd ((?:up|demo|migrate|(?:checkpoints|images|jobs|keys) [a-z]+)\b[^\n`#|)]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
+
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    rooms = "api|services|worker|models|unlearning|evidence|cli|tests|examples|docs|benchmarks"
+    names = re.findall(rf"`((?:{rooms})/[\w./\-]+\.(?:py|md|yml|svg))`", page.read_text())
+
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    runner = CliRunner()
+    for text in COMMAND.findall(page.read_text()):
+        words = text.split()
+        path = words[:1] if words[0] in ("up", "demo", "migrate") else words[:2]
+        shown = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "300"}, prog_name="forgetd")
+
+        assert shown.exit_code == 0, text
+        assert [word for word in words if word.startswith("--") and word not in shown.output] == [], text
+
+
+def test_the_table_of_settings_is_complete_and_right() -> None:
+    rows = re.findall(
+        r"^\| `(FORGETD_\w+)` \| ([^|]*) \| ([^|]+) \|$", (ROOT / "docs/running.md").read_text(), re.MULTILINE
+    )
+
+    defaults = {
+        f"FORGETD_{name.upper()}": "required"
+        if field.default is PydanticUndefined
+        else "unset"
+        if field.default is None
+        else str(field.default)
+        for name, field in Settings.model_fields.items()
+    }
+    assert {name: default for name, default, _ in rows} == defaults
+
+
+def test_the_tasks_named_are_those_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", " ".join(page.read_text() for page in PAGES)))
+
+    assert named - targets == set()
