@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import anyio
 from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-__all__ = ["changed", "etag", "represent", "retry_after", "wait_until"]
+__all__ = ["Crowd", "changed", "crowd", "etag", "represent", "retry_after", "wait_until"]
 
 FIRST_POLL_SECONDS = 0.05
 LAST_POLL_SECONDS = 0.5
 POLL_GROWTH = 1.3
+CROWD_SECONDS = 0.01
 MAX_RETRY_SECONDS = 30
 
 
@@ -51,13 +53,37 @@ def retry_after(eta_seconds: float | None) -> str:
     return str(max(1, min(MAX_RETRY_SECONDS, int((eta_seconds or 4) / 4))))
 
 
+class Crowd:
+    """The callers that wait on this process: the more they are, the more seldom each one asks the database."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    @contextmanager
+    def member(self) -> Iterator[None]:
+        """One more, for as long as the block lasts."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    async def pause(self, seconds: float, *, at_most: float = float("inf")) -> None:
+        """Sleep that long, or longer where many wait: together they ask 1 / ``CROWD_SECONDS`` times a second."""
+        await anyio.sleep(min(max(seconds, self.waiting * CROWD_SECONDS), at_most))
+
+
+crowd = Crowd()  # of this process: one event loop, so nothing to lock
+
+
 async def wait_until(done: Callable[[], bool], seconds: float, request: Request) -> None:
     """Return when it is done, the time is over or the caller is gone. Holds no thread and no connection meanwhile."""
     deadline = time.monotonic() + seconds
     pause = FIRST_POLL_SECONDS
-    while not await run_in_threadpool(done):
-        left = deadline - time.monotonic()
-        if left <= 0 or await request.is_disconnected():
-            return
-        await anyio.sleep(min(pause, left))
-        pause = min(LAST_POLL_SECONDS, pause * POLL_GROWTH)
+    with crowd.member():
+        while not await run_in_threadpool(done):
+            left = deadline - time.monotonic()
+            if left <= 0 or await request.is_disconnected():
+                return
+            await crowd.pause(pause, at_most=left)
+            pause = min(LAST_POLL_SECONDS, pause * POLL_GROWTH)

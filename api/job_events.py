@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
+from api.conditional import crowd
 from api.dependencies import AppDatabase, Authenticated, JobId, Limit
 from api.problems import documented
 from api.schemas import EventPage, EventResource
@@ -96,20 +96,21 @@ async def _frames(
     """Every event once, progress when it changed, a comment when nothing did; ends with the job."""
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
     ends, pinged, shown = time.monotonic() + STREAM_SECONDS, time.monotonic(), -1
-    while True:
-        for event in view.events:
-            yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
-        full = len(view.events) == BATCH
-        if view.finished and not full:
-            return
-        if view.version != shown and not full:
-            shown, pinged = view.version, time.monotonic()
-            yield format_sse_event(data_str=json.dumps(view.progress), event="progress")
-        if time.monotonic() > ends or await request.is_disconnected():
-            return
-        if time.monotonic() - pinged > PING_SECONDS:
-            pinged = time.monotonic()
-            yield format_sse_event(comment="still here")
-        if not full:
-            await anyio.sleep(POLL_SECONDS)
-        view = await run_in_threadpool(_look, database, caller, job_id, view.cursor, BATCH)
+    with crowd.member():
+        while True:
+            for event in view.events:
+                yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
+            full = len(view.events) == BATCH
+            if view.finished and not full:
+                return
+            if view.version != shown and not full:
+                shown, pinged = view.version, time.monotonic()
+                yield format_sse_event(data_str=json.dumps(view.progress), event="progress")
+            if time.monotonic() > ends or await request.is_disconnected():
+                return
+            if time.monotonic() - pinged > PING_SECONDS:
+                pinged = time.monotonic()
+                yield format_sse_event(comment="still here")
+            if not full:
+                await crowd.pause(POLL_SECONDS)
+            view = await run_in_threadpool(_look, database, caller, job_id, view.cursor, BATCH)

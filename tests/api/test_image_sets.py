@@ -26,7 +26,7 @@ from services.tenancy import Caller, NewKey
 
 CANARY = "Ada-Lovelace-51.5074N"
 PATIENCE_SECONDS = 10.0
-ALLOWED_GROWTH = 24 * 2**20  # one image of 1 MiB and its PNG at a time, and the allocator's slack
+ALLOWED_GROWTH = 12 * 2**20  # one image of 1 MiB and its PNG at a time, and the allocator's slack
 
 Files = Callable[..., Any]
 
@@ -277,7 +277,7 @@ def test_too_many_images_are_413(
 
 
 def test_memory_holds_one_image_at_a_time(client: httpx.Client, image_files: Files, gateway: Any) -> None:
-    files = image_files(*(incompressible(1024) for _ in range(36)))
+    files = image_files(*(incompressible(1024) for _ in range(18)))
     client.post("/image-sets", files=files[:2])
     before = psutil.Process(gateway.pid).memory_info().rss
 
