@@ -51,7 +51,9 @@ def _run(person: int, seed: int, out: Path, keep_running: bool, data_dir: Path, 
         service, client = _service(stack, data_dir, port)
         prepared = json.loads(preparation.finish("Preparing the photos"))
         base = Path(prepared["base"])
-        if not prepared["trained"]:
+        if prepared["trained"]:
+            say(f"2/5  The base Glow is there from an earlier time: {base}")
+        else:
             _train(base)
         job = _forget(client, base, photos, person=person, seed=seed)
         _fetch(client, job, out)

@@ -35,6 +35,7 @@ HOST = "127.0.0.1"
 PORTS_TRIED = 100
 START_SECONDS = 60.0
 READY_POLL_SECONDS = 0.05
+LOCK_TRIES = 5
 DRAIN_SECONDS = 50.0  # above Settings.drain_grace_seconds, after which the worker itself gives up
 WATCH_SECONDS = 1.0  # between two looks at the embedded servers
 TENANT = "local"
@@ -175,16 +176,14 @@ class LocalService:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.data_dir.chmod(0o700)
         lock = (self.data_dir / LOCK).open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(lock):
             lock.close()
             running = live_profile(self.data_dir)
             where = f" at {running.url} (process {running.pid})" if running else ""
             raise StartFailed(
                 f"forgetd is already running in {self.data_dir}{where}. Use it as it is, stop it with Ctrl-C in its "
                 "terminal, or start another with --data-dir."
-            ) from None
+            )
         self._lock = lock
 
     def _listen(self) -> None:
@@ -364,3 +363,15 @@ class LocalService:
                     stack.start_server(name)
                 except (LocalServerError, OSError) as error:
                     self._tell(f"{name} did not start: {error}")
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether we hold the file now. Commands that look for a running service hold it for a moment, too."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(READY_POLL_SECONDS)
+        else:
+            return True
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def few_open_files() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """The whole service, as ``forgetd up`` runs it, for the folder's tests."""
-    service = Up(tmp_path_factory.mktemp("up"))
+    """The whole service, as ``forgetd up`` runs it on a port that is taken, for the folder's tests."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        service = Up(tmp_path_factory.mktemp("up"), "--port", str(other.getsockname()[1]))
     yield service
     service.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import stat
@@ -91,6 +92,13 @@ def test_a_crashed_child_is_started_again_and_reported(up: Up, module: str) -> N
     eventually(lambda: gone([child]) and up.child(module) is not None)
     assert eventually(lambda: up.says("ended unexpectedly (signal SIGKILL)"))
     assert httpx.get(f"{up.profile['url']}/readyz", timeout=20).status_code == 200  # it waits, it is not refused
+
+
+def test_a_port_that_is_taken_is_stepped_over_and_said(up: Up) -> None:
+    wanted, got = re.search(r"Port (\d+) is taken; the gateway listens on (\d+)", up.text).groups()  # type: ignore[union-attr]
+
+    assert int(got) > int(wanted)
+    assert up.profile["url"].endswith(f":{got}")
 
 
 def test_everything_listens_on_loopback(up: Up) -> None:
