@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 from cli.children import Child
 from cli.errors import ClientError
@@ -35,6 +37,7 @@ HOST = "127.0.0.1"
 PORTS_TRIED = 100
 START_SECONDS = 60.0
 READY_POLL_SECONDS = 0.05
+ANSWER_SECONDS = 20.0  # the gateway's socket is open before the gateway is: an early question waits for it
 LOCK_TRIES = 5
 DRAIN_SECONDS = 50.0  # above Settings.drain_grace_seconds, after which the worker itself gives up
 WATCH_SECONDS = 1.0  # between two looks at the embedded servers
@@ -324,12 +327,20 @@ class LocalService:
                 time.sleep(READY_POLL_SECONDS if waiting else 0)
         finally:
             database.close()
-        from cli.client import Client
+        while not self._gateway_ready():
+            self._check_start(deadline, "gateway")
+            time.sleep(READY_POLL_SECONDS)
 
-        with Client(self.url) as client:
-            while not client.ready():
-                self._check_start(deadline, "gateway")
-                time.sleep(READY_POLL_SECONDS)
+    def _gateway_ready(self) -> bool:
+        """Ask /readyz; with the standard library, for which a start need not load another one."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=ANSWER_SECONDS)
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def _check_start(self, deadline: float, what: str) -> None:
         if (child := self.dead_child()) is not None:
