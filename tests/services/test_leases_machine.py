@@ -169,7 +169,7 @@ def test_at_most_one_attempt_ends_a_job_and_every_job_ends_once(database: Databa
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
         settings=settings(
-            max_examples=40,
+            max_examples=25,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -14,7 +14,7 @@ from services.settings import Settings
 from tests.conftest import Servers
 from tests.worker.helpers import QUEUE, Jobs, Process, alive, eventually
 
-LONG = {"steps": 100, "step_seconds": 0.05, "state_every": 5}
+LONG = {"steps": 60, "step_seconds": 0.05, "state_every": 5}
 
 Start = Callable[[], Process]
 
