@@ -58,7 +58,9 @@ def _run(person: int, seed: int, out: Path, keep_running: bool, data_dir: Path, 
         job = _forget(client, base, photos, person=person, seed=seed)
         _fetch(client, job, out)
         report = json.loads((out / "report.json").read_text())
-        emit("\n".join(["", f"Person {person}, five photos. {_took(began)}", "", *lines(report), "", *_files(out)]))
+        emit(
+            "\n".join(["", f"Person {person}, five photos. {_took(began)}", "", *lines(report), "", *_files(job, out)])
+        )
         if keep_running and service is not None:
             say(f"The service goes on at {service.url}/docs until Ctrl-C.")
             with signals_stop(service) as stopped:
@@ -122,22 +124,20 @@ def _forget(client: Client, base: Path, photos: Path, *, person: int, seed: int)
 def _fetch(client: Client, job: Job, out: Path) -> None:
     """Everything that the job published; a run that missed its criteria publishes no weights."""
     say(f"5/5  Fetching the result into {out}/")
+    (out / "tamed.safetensors").unlink(missing_ok=True)  # of an earlier demo: a withheld one must not look published
     for artifact in client.artifacts(job.id):
         client.download_artifact(job.id, artifact, out)
 
 
-def _files(out: Path) -> list[str]:
+def _files(job: Job, out: Path) -> list[str]:
     kinds = {
         "report.html": "the report, open it in a browser",
         "report.json": "the same as data",
         "samples.png": "samples of the model before and after",
         "tamed.safetensors": "the model that has forgotten",
     }
-    return [f"{out / name!s:<36}  {what}" for name, what in kinds.items() if (out / name).exists()]
-
-
-def _took(began: float) -> str:
-    return f"The whole demo took {time.monotonic() - began:.0f} s."
+    found = [f"{out / name!s:<36}  {what}" for name, what in kinds.items() if (out / name).exists()]
+    return found if job.succeeded else [*found, "The weights are withheld: the criteria were not met."]
 
 
 class _Python:
