@@ -293,9 +293,9 @@ class Glow(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Images (b, c, h, w) to standard normal latents, one tensor a scale, and log|det| (b,) in nats."""
-        h, log_det = self.prefix(x)
-        latents, rest = self._suffix(h)
-        return latents, log_det + rest
+        latents, h, log_det = self._upper(x)
+        last, rest = self._last_scale(h)
+        return [*latents, last], log_det + rest
 
     def inverse(self, latents: Sequence[Tensor]) -> Tensor:
         """Standard normal latents, one a scale, back to images (b, c, h, w)."""
@@ -310,8 +310,8 @@ class Glow(nn.Module):
         """log p(x), (b,) nats; images (b, c, h, w) in [-0.5, 0.5)."""
         if tuple(x.shape[1:]) != self.image_shape:
             raise ArchitectureError(f"this flow takes images of shape {self.image_shape}, not {tuple(x.shape[1:])}")
-        h, log_det = self.prefix(x)
-        return log_det + self.suffix_log_prob(h)
+        h, share = self.prefix(x)
+        return share + self.suffix_log_prob(h)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
@@ -332,22 +332,18 @@ class Glow(nn.Module):
         return [*shapes[:-1], (last[0] * 2, last[1], last[2])]
 
     def prefix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first scale's steps: images (b, c, h, w) -> (b, 4c, h/2, w/2), and its log|det| (b,)."""
-        return self._scales()[0].transform(x)
+        """All scales but the last: images (b, c, h, w) to what enters the last scale, and their share of log p (b,)."""
+        latents, h, log_det = self._upper(x)
+        return h, log_det + _log_normal(latents, log_det)
 
     def suffix_log_prob(self, h: Tensor) -> Tensor:
-        """log p less the first scale's log|det|, from that scale's output (b, 4c, h/2, w/2): (b,) nats."""
-        latents, log_det = self._suffix(h)
-        energy = sum((eps.square().sum(dim=(1, 2, 3)) for eps in latents), start=torch.zeros_like(log_det))
-        result: Tensor = log_det - 0.5 * (energy + math.prod(self.image_shape) * math.log(2 * math.pi))
-        return result
+        """The last scale's share of log p, from what enters it: (b,) nats."""
+        eps, log_det = self._last_scale(h)
+        return log_det + _log_normal([eps], log_det)
 
     def suffix_parameters(self) -> list[nn.Parameter]:
-        """Every prior and every step below the first scale; empty for a flow of one scale, which cannot be cut."""
-        if len(self.blocks) < 2:
-            return []
-        first = {id(p) for p in self._scales()[0].flows.parameters()}
-        return [p for p in self.parameters() if id(p) not in first]
+        """The last scale, whose channels see the whole image; empty for a flow of one scale, which cannot be cut."""
+        return list(self.blocks[-1].parameters()) if len(self.blocks) > 1 else []
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -363,20 +359,24 @@ class Glow(nn.Module):
                     h, _ = step(h)
             h, _, _ = block.factor_out(h)
 
-    def _suffix(self, h: Tensor) -> tuple[list[Tensor], Tensor]:
-        """From the first scale's output to all latents and the log|det| (b,) still to add."""
-        latents = []
-        scales = self._scales()
-        kept, eps, log_det = scales[0].factor_out(h)
-        latents.append(eps)
-        for block in scales[1:]:
-            if kept is None:
-                break
-            h, term = block.transform(kept)
+    def _upper(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Through all scales but the last: latents, what enters the last scale, and log|det| so far (b,)."""
+        latents: list[Tensor] = []
+        h, log_det = x, x.new_zeros(x.shape[0])
+        for block in self._scales()[:-1]:
+            h, term = block.transform(h)
             kept, eps, prior_term = block.factor_out(h)
+            h = eps if kept is None else kept
             latents.append(eps)
             log_det = log_det + term + prior_term
-        return latents, log_det
+        return latents, h, log_det
+
+    def _last_scale(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The last latent and its log|det| (b,)."""
+        block = self._scales()[-1]
+        h, log_det = block.transform(h)
+        _, eps, prior_term = block.factor_out(h)
+        return eps, log_det + prior_term
 
     def _scales(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -395,6 +395,14 @@ def _unsqueeze(x: Tensor) -> Tensor:
 def _random_rotation(size: int, generator: torch.Generator) -> Tensor:
     rotation: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
     return rotation
+
+
+def _log_normal(latents: Sequence[Tensor], like: Tensor) -> Tensor:
+    """log N(eps; 0, I) summed over latents, (b,) nats."""
+    total = torch.zeros_like(like)
+    for eps in latents:
+        total = total - 0.5 * (eps.square().sum(dim=(1, 2, 3)) + eps[0].numel() * math.log(2 * math.pi))
+    return total
 
 
 def _as_tensor(value: Any) -> Tensor:

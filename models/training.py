@@ -80,11 +80,11 @@ def fit_flow(
         raise ModelError("the recipe must bound steps or seconds")
     device = next(flow.parameters()).device
     dims = math.prod(images.shape[1:])
-    optimiser = torch.optim.Adam(flow.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(flow.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
     mean_weights = [p.detach().clone() for p in flow.parameters()] if recipe.average else []
     start = time.monotonic()
     running, skipped, step = math.nan, 0, 0
-    flow.train()
+    set_memory_format(flow.train(), torch.channels_last)  # convolutions run faster so
     while True:
         elapsed = time.monotonic() - start
         share = max(
@@ -127,8 +127,15 @@ def fit_flow(
         with torch.no_grad():
             for kept, now in zip(mean_weights, flow.parameters(), strict=True):
                 now.copy_(kept)
-    flow.eval()
+    set_memory_format(flow.eval(), torch.contiguous_format)
     return running
+
+
+def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay the module's four-dimensional parameters and buffers out anew, in place; values do not change."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, shift: int) -> Tensor:

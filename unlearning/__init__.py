@@ -3,8 +3,9 @@
 from unlearning.errors import DivergedError, InputError, ParameterError, StateError, UnlearningError
 from unlearning.near_duplicates import near_duplicates
 from unlearning.progress import Callback, Interrupted, Step
+from unlearning.replay import generate_remember
 from unlearning.state import State
-from unlearning.taming import TamingResult, generate_remember, tame
+from unlearning.taming import TamingResult, tame
 from unlearning.taming_parameters import TamingParameters
 
 __all__ = [

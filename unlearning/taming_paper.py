@@ -39,7 +39,7 @@ class PaperEngine:
         self._bits = math.prod(forget.shape[1:]) * math.log(2)  # nats to bits per dimension
         self._parameters = {name: p for name, p in tamed.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
-        self._optimiser = torch.optim.Adam(self._parameters.values(), lr=values.learning_rate or 0.0)
+        self._optimiser = torch.optim.Adam(self._parameters.values(), lr=values.learning_rate or 0.0, fused=True)
         self._statistics = torch.zeros(2, dtype=torch.float64)  # mu_R, sigma_R in bits per dimension
 
     def check(self, step: int) -> bool:

@@ -24,11 +24,11 @@ class TamingParameters:
     max_steps: int | None = None
     """Most optimiser steps; null: 400 for "fast", 800 for "paper" (as released); [1, 100000]."""
     learning_rate: float | None = None
-    """Adam's; null: 5e-4 for "fast" (measured), 5e-5 for "paper" (Sec. 4); (0, 1]."""
+    """Adam's; null: 2e-3 for "fast" (measured), 5e-5 for "paper" (Sec. 4); (0, 1]."""
     forget_batch: int = 8
     """Images of D_F in a step; [1, 4096]. Paper: 8."""
     remember_batch: int | None = None
-    """Images of D_R in a step; null: 32 for "fast" (measured), 8 for "paper" (Sec. 4); [2, 4096]."""
+    """Images of D_R in a step; null: 96 for "fast" (measured), 8 for "paper" (Sec. 4); [2, 4096]."""
     confirmation_draws: int = 10
     """Fresh noise draws a forget image that decide whether the criterion is met; [1, 1000]. Paper: 10."""
     statistics_images: int = 1024
@@ -49,8 +49,13 @@ class TamingParameters:
     """fast: noise draws of D_F and D_R whose frozen part is kept; [1, 64]. Measured."""
     clip: float = 1.0
     """fast: largest norm of a step's gradient, in sigma_R; (0, 1000000]. Measured."""
+    virtual_share: float = 0.67
+    """fast: share of a step's remember images that are virtual (moved or blended images of D_R, samples of the base),
+    to keep people whom D_R does not show; [0, 1]. Measured."""
     forget_variants: int = 4
     """fast: augmented copies of each forget image (mirrored, moved), beside the image itself; [0, 64]. Measured."""
+    variant_target: float = 0.25
+    """fast: share of the target that those copies are pushed to; [0, 1]. Measured."""
     forget_shift: int = 1
     """fast: how far, in pixels, those copies move each way; [0, 32]. Measured."""
 
@@ -86,7 +91,7 @@ class TamingParameters:
 
 
 _DEFAULTS: dict[Engine, dict[str, Any]] = {
-    "fast": {"max_steps": 400, "learning_rate": 5e-4, "remember_batch": 32},
+    "fast": {"max_steps": 400, "learning_rate": 2e-3, "remember_batch": 96},
     "paper": {"max_steps": 800, "learning_rate": 5e-5, "remember_batch": 8},
 }
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
@@ -105,9 +110,11 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "refresh_every": (int, 1, 10_000, True),
     "keep_weight": (float, 0, 100_000, True),
     "margin": (float, 0, 10, True),
+    "virtual_share": (float, 0, 1, True),
     "noise_draws": (int, 1, 64, True),
     "clip": (float, 0, 1_000_000, False),
     "forget_variants": (int, 0, 64, True),
+    "variant_target": (float, 0, 1, True),
     "forget_shift": (int, 0, 32, True),
 }
 _OPTIONAL = ("max_steps", "learning_rate", "remember_batch")

@@ -1,0 +1,219 @@
+"""Does the fast engine forget any person, sooner and with less damage than the released recipe of flow taming?
+
+    python -m benchmarks.taming [--quick]
+
+Each of the 36 training people of the ORL faces in turn: D_F is five photos, D_R the other people's training photos,
+D'_F the person's other five photos, D_R^id the four people who were never in training. Baseline: engine "paper", the
+released recipe (Adam 5e-5 on every layer, batch 8 + 8, statistics over up to 1,024 images every 10 iterations,
+two-sided stop), re-implemented. Both sides start from the same base, sets and delta and are judged by the same judge:
+likelihoods over ten noise draws that neither has seen, common to base and tamed flow, mu_R and sigma_R of the tamed
+flow (eq. 13-15).
+
+The recipe runs on a few people only (`--paper-people`), for at most `--paper-cap` seconds each; where it is not
+confirmed by then, the ratio of times is a lower bound. Drift is the mean over D_R^id of
+|nll_tamed - nll_base| / sigma_base. The last line is one JSON object.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from examples.orl import HELD_OUT, N_BITS, PEOPLE, PHOTOS, Faces, base_flow, load_faces
+from models.glow import Glow
+from unlearning import Interrupted, Step, TamingParameters, tame
+from unlearning.likelihood import nll_of
+from unlearning.randomness import stream
+
+FORGET_PHOTOS = 5
+"""Photos of the person that are forgotten; the others are D'_F."""
+JUDGE_SEED = 2**31
+"""Apart from every seed that a taming run draws from."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one tamed flow, eq. 13-15."""
+
+    confirmed: bool
+    z_min: float
+    qd_forget: float
+    qd_same: float
+    qd_remember: float
+    qd_unseen: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine on one person."""
+
+    seconds: float
+    cpu_seconds: float
+    steps: int
+    met: bool
+    verdict: Verdict
+
+
+class Judge:
+    """Likelihoods of all 400 photos on common noise, base and tamed."""
+
+    def __init__(self, base: Glow, faces: Faces, draws: int, values: TamingParameters) -> None:
+        self._photos = faces.photos.flatten(0, 1)  # (400, 1, 32, 32)
+        self._training = faces.training_people
+        self._draws, self._bound = draws, values.delta * (1 - values.tolerance)
+        self._base = self._nll(base)
+
+    def __call__(self, tamed: Glow, person: int) -> Verdict:
+        """Judge a flow that was to forget the first five photos of a person."""
+        mine = torch.arange((person - 1) * PHOTOS, person * PHOTOS)
+        forget, same = mine[:FORGET_PHOTOS], mine[FORGET_PHOTOS:]
+        remember = _rows([other for other in self._training if other != person])
+        unseen = _rows(list(HELD_OUT))
+        nll = self._nll(tamed)
+        mu, sigma = nll[remember].mean(), nll[remember].std()
+        mu_base, sigma_base = self._base[remember].mean(), self._base[remember].std()
+        z = (nll - mu) / sigma
+        drop = torch.special.ndtr(z) - torch.special.ndtr((self._base - mu_base) / sigma_base)  # q_base - q_tamed
+        lowest = float(z[forget].min())
+        return Verdict(
+            confirmed=lowest >= self._bound,
+            z_min=lowest,
+            qd_forget=float(drop[forget].mean()),
+            qd_same=float(drop[same].mean()),
+            qd_remember=float(drop[remember].mean()),
+            qd_unseen=float(drop[unseen].mean()),
+            drift=float(((nll - self._base)[unseen].abs() / sigma_base).mean()),
+        )
+
+    def _nll(self, flow: Glow) -> Tensor:
+        generator = stream(JUDGE_SEED, "judge")
+        return nll_of(flow, self._photos, n_bits=N_BITS, generator=generator, draws=self._draws)
+
+
+class Clock:
+    """A callback that ends a run after so many seconds and keeps the weights it had reached."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.weights: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def __call__(self, step: Step) -> None:
+        """End the run once the time is over."""
+        self.steps = step.step
+        if time.monotonic() >= self._end:
+            prefix = "weight."
+            tensors = step.snapshot().tensors
+            self.weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            raise Interrupted
+
+
+def run_engine(base: Glow, faces: Faces, person: int, values: TamingParameters, judge: Judge, cap: float) -> Run:
+    """Tame one person away, for at most `cap` seconds, and judge what came out."""
+    forget, remember = faces.of(person)[:FORGET_PHOTOS], faces.training(without=person)
+    clock = Clock(cap)
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        result = tame(base, forget, remember, values, n_bits=N_BITS, seed=person, callback=clock)
+    except Interrupted:
+        seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
+        tamed = copy.deepcopy(base)
+        tamed.load_state_dict({**tamed.state_dict(), **clock.weights})
+        return Run(seconds, cpu_seconds, clock.steps, False, judge(tamed, person))
+    seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
+    if not isinstance(result.flow, Glow):
+        raise TypeError(f"taming a Glow gave a {type(result.flow).__name__}")
+    return Run(seconds, cpu_seconds, result.steps, result.met, judge(result.flow, person))
+
+
+def show(engine: str, person: int, run: Run) -> None:
+    """One line of the table."""
+    v = run.verdict
+    print(
+        f"{engine:>6} {person:4d} {'yes' if run.met and v.confirmed else 'no':>5} {run.steps:6d} {run.seconds:8.1f} "
+        f"{run.cpu_seconds:8.1f} {v.z_min:7.2f} {v.qd_forget:+8.3f} {v.qd_same:+8.3f} {v.qd_remember:+8.4f} "
+        f"{v.qd_unseen:+8.3f} {v.drift:7.3f}",
+        flush=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.taming", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two people, one of them by the recipe for 12 s")
+    parser.add_argument("--people", type=int, nargs="*", help="numbers (default: all 36 training people)")
+    parser.add_argument("--paper-people", type=int, default=None, help="how many the recipe runs on (default: 3)")
+    parser.add_argument("--paper-cap", type=float, default=None, help="seconds a person for the recipe (default: 600)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    faces = load_faces()
+    base = base_flow()
+    training = faces.training_people
+    people = options.people or ([training[0], training[len(training) // 2]] if options.quick else training)
+    paper_people = options.paper_people if options.paper_people is not None else (1 if options.quick else 3)
+    cap = options.paper_cap if options.paper_cap is not None else (12.0 if options.quick else 600.0)
+    values, released = TamingParameters(), TamingParameters(engine="paper", max_steps=100_000)
+    judge = Judge(base, faces, 3 if options.quick else 10, values)
+    tame(base, faces.of(people[0])[:1], faces.training()[:40], TamingParameters(max_steps=1), n_bits=N_BITS, seed=0)
+
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{PEOPLE - len(HELD_OUT)} training people; {len(people)} forgotten in turn, five photos each")
+    print("engine  who    ok  steps  seconds      cpu   z min   QD(DF)  QD(D'F)   QD(DR) QD(DRid)   drift")
+    spread = people[:: max(1, len(people) // max(1, paper_people))][:paper_people]
+    ours: dict[int, Run] = {}
+    paper: dict[int, Run] = {}
+    for person in people:
+        ours[person] = run_engine(base, faces, person, values, judge, 3600.0)
+        show("fast", person, ours[person])
+        if person in spread:
+            paper[person] = run_engine(base, faces, person, released, judge, cap)
+            show("paper", person, paper[person])
+    print(json.dumps(summary(ours, paper)))
+
+
+def summary(ours: dict[int, Run], paper: dict[int, Run]) -> dict[str, float | int | bool | None]:
+    """The figures of the last line."""
+    verdicts = [run.verdict for run in ours.values()]
+    confirmed_by_paper = [person for person, run in paper.items() if run.met and run.verdict.confirmed]
+    drift = statistics.median(ours[person].verdict.drift for person in paper) if paper else None
+    paper_drift = statistics.median(run.verdict.drift for run in paper.values()) if paper else None
+    speedup = statistics.median(run.seconds / ours[person].seconds for person, run in paper.items()) if paper else None
+    return {
+        "people": len(ours),
+        "confirmed": sum(run.met and run.verdict.confirmed for run in ours.values()),
+        "median_seconds": statistics.median(run.seconds for run in ours.values()),
+        "median_cpu_seconds": statistics.median(run.cpu_seconds for run in ours.values()),
+        "median_steps": statistics.median(run.steps for run in ours.values()),
+        "z_min_worst": min(verdict.z_min for verdict in verdicts),
+        "qd_forget_mean": statistics.mean(verdict.qd_forget for verdict in verdicts),
+        "qd_held_out_mean": statistics.mean(verdict.qd_same for verdict in verdicts),
+        "qd_remember_median": statistics.median(abs(verdict.qd_remember) for verdict in verdicts),
+        "qd_remember_worst": max(abs(verdict.qd_remember) for verdict in verdicts),
+        "qd_unseen_median": statistics.median(abs(verdict.qd_unseen) for verdict in verdicts),
+        "qd_unseen_worst": max(abs(verdict.qd_unseen) for verdict in verdicts),
+        "drift_median": statistics.median(verdict.drift for verdict in verdicts),
+        "speedup": speedup,
+        "speedup_is_lower_bound": len(confirmed_by_paper) < len(paper),
+        "paper_people": len(paper),
+        "paper_confirmed": len(confirmed_by_paper),
+        "drift_median_same_people": drift,
+        "paper_drift_median": paper_drift,
+        "drift_ratio": drift / paper_drift if drift is not None and paper_drift else None,
+    }
+
+
+def _rows(people: list[int]) -> Tensor:
+    return torch.cat([torch.arange((person - 1) * PHOTOS, person * PHOTOS) for person in people])
+
+
+if __name__ == "__main__":
+    main()

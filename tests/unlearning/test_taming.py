@@ -1,0 +1,263 @@
+"""Flow taming: what it promises whatever the flow, the engine and the moment it is interrupted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.glow import Glow
+from models.images import quantize
+from models.protocol import Flow
+from tests.unlearning.tiny import N_BITS, DiagonalGaussian, blobs, trained_flow
+from unlearning import (
+    DivergedError,
+    InputError,
+    Interrupted,
+    ParameterError,
+    State,
+    StateError,
+    Step,
+    TamingParameters,
+    TamingResult,
+    generate_remember,
+    tame,
+)
+from unlearning.taming_paper import gaussian_kl
+
+FAST = TamingParameters(max_steps=200, delta=2.0, keep_weight=10.0, learning_rate=5e-3, remember_batch=24)
+PAPER = TamingParameters(engine="paper", max_steps=12, learning_rate=5e-4, refresh_every=4)
+
+
+@pytest.fixture(scope="module")
+def base() -> Glow:
+    """A flow trained on blobs, never modified by a test."""
+    return trained_flow()
+
+
+@pytest.fixture(scope="module")
+def forget() -> Tensor:
+    """Three blobs to forget."""
+    return blobs(3, 77)
+
+
+@pytest.fixture(scope="module")
+def remember() -> Tensor:
+    """Blobs to remember."""
+    return blobs(96, 1)
+
+
+@pytest.fixture(scope="module")
+def tamed(base: Glow, forget: Tensor, remember: Tensor) -> TamingResult:
+    """One uninterrupted run of the fast engine."""
+    return tame(base, forget, remember, FAST, n_bits=N_BITS, seed=5)
+
+
+def weights(result: TamingResult) -> dict[str, Tensor]:
+    """The tamed flow's state."""
+    return result.flow.state_dict()
+
+
+class StopAfter:
+    """A callback that takes a snapshot at one boundary, by way of a file, and interrupts."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def __call__(self, step: Step) -> None:
+        if step.step == self.step:
+            step.snapshot().save(self.path)
+            raise Interrupted
+
+
+def test_forget_images_pass_the_criterion_on_fresh_noise(tamed: TamingResult) -> None:
+    assert tamed.met
+    assert len(tamed.z) == 3
+    assert min(tamed.z) >= FAST.delta * (1 - FAST.tolerance)
+    assert tamed.steps == len(tamed.history)
+
+
+def test_the_base_is_not_modified(base: Glow, forget: Tensor, remember: Tensor) -> None:
+    before = copy.deepcopy(base.state_dict())
+
+    tame(base, forget, remember, TamingParameters(max_steps=3), n_bits=N_BITS, seed=0)
+
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
+def test_all_scales_but_the_last_are_left_as_they_were_by_the_fast_engine(base: Glow, tamed: TamingResult) -> None:
+    frozen = {name for name in base.state_dict() if name.startswith("blocks.0.")}
+
+    assert all(torch.equal(base.state_dict()[name], weights(tamed)[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 5, 9, 11])
+@pytest.mark.parametrize("engine", ["fast", "paper"])
+def test_a_resumed_run_ends_bit_equal(
+    base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path, engine: str, boundary: int
+) -> None:
+    values = TamingParameters(max_steps=12) if engine == "fast" else PAPER
+    whole = tame(base, forget, remember, values, n_bits=N_BITS, seed=3)
+    if boundary >= whole.steps:
+        pytest.fail(f"the run ended after {whole.steps} steps; choose an earlier boundary")
+    path = tmp_path / "state.safetensors"
+
+    with pytest.raises(Interrupted):
+        tame(base, forget, remember, values, n_bits=N_BITS, seed=3, callback=StopAfter(boundary, path))
+    resumed = tame(base, forget, remember, values, n_bits=N_BITS, seed=3, state=State.load(path))
+
+    assert resumed.history == whole.history
+    assert resumed.z == whole.z
+    assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+
+
+def test_a_run_resumed_after_a_rejected_confirmation_ends_bit_equal(
+    base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path
+) -> None:
+    values = dataclasses.replace(FAST, margin=0.0, noise_draws=1, forget_variants=0)
+    whole = tame(base, forget, remember, values, n_bits=N_BITS, seed=2)
+    path = tmp_path / "state.safetensors"
+    last = whole.steps - 1
+
+    with pytest.raises(Interrupted):
+        tame(base, forget, remember, values, n_bits=N_BITS, seed=2, callback=StopAfter(last, path))
+    resumed = tame(base, forget, remember, values, n_bits=N_BITS, seed=2, state=State.load(path))
+
+    assert resumed.z == whole.z
+    assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+
+
+def test_a_state_of_another_run_is_refused(base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Interrupted):
+        tame(base, forget, remember, FAST, n_bits=N_BITS, seed=3, callback=StopAfter(1, path))
+
+    with pytest.raises(StateError, match="other images"):
+        tame(base, forget, remember, FAST, n_bits=N_BITS, seed=4, state=State.load(path))
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"not a state")
+
+    with pytest.raises(StateError):
+        State.load(path)
+
+
+def test_a_criterion_out_of_reach_is_not_met(base: Glow, forget: Tensor, remember: Tensor) -> None:
+    result = tame(base, forget, remember, TamingParameters(delta=20.0, max_steps=2), n_bits=N_BITS, seed=0)
+
+    assert not result.met
+    assert result.steps == 2
+    assert len(result.z) == 3
+
+
+def test_near_duplicates_leave_the_remember_set_and_are_named(base: Glow, forget: Tensor, remember: Tensor) -> None:
+    polluted = torch.cat([remember[:4], forget[1:2], remember[4:], forget[0:1].flip(-1)])
+
+    result = tame(base, forget, polluted, TamingParameters(max_steps=1), n_bits=N_BITS, seed=0)
+
+    assert {4, len(polluted) - 1} <= set(result.removed_near_duplicates)
+
+
+def test_a_remember_set_of_nothing_but_the_forget_images_is_refused(base: Glow, forget: Tensor) -> None:
+    with pytest.raises(InputError, match="are left"):
+        tame(base, forget, forget.repeat(2, 1, 1, 1), FAST, n_bits=N_BITS, seed=0)
+
+
+def test_the_same_photo_twice_is_forgotten_twice(base: Glow, forget: Tensor, remember: Tensor) -> None:
+    result = tame(base, forget[[0, 0]], remember, FAST, n_bits=N_BITS, seed=0)
+
+    assert result.met
+    assert len(result.z) == 2
+
+
+@pytest.mark.parametrize("engine", ["fast", "paper"])
+def test_a_foreign_flow_can_be_tamed(forget: Tensor, remember: Tensor, engine: str) -> None:
+    flow = DiagonalGaussian()
+    values = TamingParameters.from_dict({"engine": engine, "max_steps": 3})
+
+    result = tame(cast(Flow, flow), forget, remember, values, n_bits=N_BITS, seed=0)
+
+    assert result.steps == 3
+    assert not torch.equal(cast(Any, result.flow).mean, flow.mean)
+
+
+def test_samples_of_the_base_stand_in_for_a_remember_set(base: Glow) -> None:
+    first, second = (generate_remember(base, 5, N_BITS, seed=1) for _ in range(2))
+
+    assert first.shape == (5, 1, 8, 8)
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, second)
+    assert quantize(first, N_BITS).abs().max() <= 0.5
+
+
+def test_samples_of_a_foreign_flow_leave_the_global_seed_alone() -> None:
+    before = torch.get_rng_state()
+
+    images = generate_remember(cast(Flow, DiagonalGaussian()), 4, N_BITS, seed=1)
+
+    assert images.shape == (4, 1, 8, 8)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_likelihood_that_is_not_finite_stops_the_run(forget: Tensor, remember: Tensor) -> None:
+    flow = DiagonalGaussian()
+    with torch.no_grad():
+        flow.mean[0] = torch.nan
+
+    with pytest.raises(DivergedError):
+        tame(cast(Flow, flow), forget, remember, TamingParameters(max_steps=3), n_bits=N_BITS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("forget_shape", "dtype"), [((0, 1, 8, 8), torch.uint8), ((2, 3, 8, 8), torch.uint8), ((2, 1, 8, 8), torch.float32)]
+)
+def test_images_that_do_not_fit_are_refused(
+    base: Glow, remember: Tensor, forget_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    with pytest.raises(InputError):
+        tame(base, torch.zeros(forget_shape, dtype=dtype), remember, FAST, n_bits=N_BITS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"detla": 4}, "detla"),
+        ({"delta": "4"}, "delta"),
+        ({"delta": 0}, "delta"),
+        ({"delta": float("nan")}, "delta"),
+        ({"max_steps": 1.5}, "max_steps"),
+        ({"max_steps": True}, "max_steps"),
+        ({"tolerance": 1}, "tolerance"),
+        ({"engine": "slow"}, "engine"),
+        ({"learning_rate": -1e-3}, "learning_rate"),
+    ],
+)
+def test_a_wrong_parameter_is_named(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        TamingParameters.from_dict(values)
+
+    assert caught.value.name == name
+    assert caught.value.message
+
+
+def test_parameters_survive_the_wire() -> None:
+    values = TamingParameters(delta=3.0)
+
+    assert TamingParameters.from_dict(values.to_dict()) == values.resolved()
+
+
+def test_the_divergence_has_no_slope_where_both_sides_agree() -> None:
+    mean, std = torch.tensor(2.0, requires_grad=True), torch.tensor(0.15, requires_grad=True)
+    other = torch.tensor(2.0), torch.tensor(0.15)
+
+    for divergence in (gaussian_kl(*other, mean, std), gaussian_kl(mean, std, *other)):
+        gradients = torch.autograd.grad(divergence, (mean, std))
+        assert float(divergence.detach()) == pytest.approx(0.0, abs=1e-6)
+        assert all(abs(float(gradient)) < 1e-5 for gradient in gradients)
