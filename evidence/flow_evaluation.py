@@ -149,7 +149,7 @@ def evaluate_taming(
         kl=kl,
         health_base=health_base,
         health_tamed=health_tamed,
-        notes=_notes(sets, references, normal),
+        notes=_notes(sets, references, normal, health_base),
     )
 
 
@@ -263,7 +263,10 @@ def _samples(
 
 
 def _notes(
-    sets: tuple[SetEvaluation, ...], references: tuple[Reference, Reference], normal: tuple[Normality, Normality]
+    sets: tuple[SetEvaluation, ...],
+    references: tuple[Reference, Reference],
+    normal: tuple[Normality, Normality],
+    health_base: SampleHealth | None,
 ) -> tuple[str, ...]:
     notes = []
     base, tamed = references
@@ -280,5 +283,10 @@ def _notes(
         )
     if any(test.rejected for test in normal):
         notes.append("Gaussian quantiles are shown for comparison only; z keeps its meaning as a distance.")
+    if health_base is not None and not health_base.sound:
+        notes.append(
+            f"The base model itself is not sound: {health_base.finite:.0%} of its samples are finite, and its inverse "
+            f"leaves an error of up to {health_base.round_trip_error or 0:.2g}. The tamed model is held against that."
+        )
     notes.extend(f"{one.key}: {one.n} image(s), too few for an interval." for one in sets if one.n < 2)
     return tuple(notes)

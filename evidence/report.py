@@ -167,12 +167,12 @@ def _criteria(evaluation: FlowEvaluation) -> tuple[Criterion, ...]:
         value=_rounded(evaluation.smallest_z),
         met=evaluation.forgotten,
     )
-    if evaluation.health_tamed is None:
+    if evaluation.health_tamed is None or evaluation.health_base is None:
         return (forgotten,)
     healthy = Criterion(
         name="samples_sound",
-        statement="Samples of the tamed model are finite, invertible, and in range like those of the base model.",
-        threshold=1.0,
+        statement="Samples of the tamed model are as finite, invertible and in range as those of the base model.",
+        threshold=_rounded(evaluation.health_base.finite_floor()),
         value=_rounded(evaluation.health_tamed.finite),
         met=evaluation.healthy,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evidence.drift import draw_samples, kl_per_dim, nll_drift, sample_health
+from evidence.drift import SampleHealth, draw_samples, kl_per_dim, nll_drift, sample_health
 
 
 def test_equal_models_neither_drift_nor_diverge(gaussian_flow):
@@ -64,6 +64,18 @@ def test_broken_samples_are_not_as_good(gaussian_flow, std):
     before, after = (sample_health(flow, draw_samples(flow, 20, seed=5)) for flow in (base, broken))
 
     assert not after.as_good_as(before)
+
+
+def test_an_unsound_base_does_not_fail_what_is_as_sound_as_it_is():
+    base, equal, worse = (SampleHealth(32, finite, 0.99, 0.2) for finite in (0.84, 0.81, 0.5))
+
+    assert (base.sound, equal.as_good_as(base), worse.as_good_as(base)) == (False, True, False)
+
+
+def test_one_broken_sample_fails_against_a_sound_base():
+    base, tamed = SampleHealth(32, 1.0, 0.99, 1e-6), SampleHealth(32, 31 / 32, 0.99, 1e-6)
+
+    assert not tamed.as_good_as(base)
 
 
 def test_a_flow_without_an_inverse_has_no_round_trip(images):
