@@ -161,7 +161,8 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.
     _check_finite(tensors)
     if tensor_digest(tensors) != manifest.tensor_digest:
         raise DigestError("the tensors are not those of the manifest: the file was altered; convert or upload it again")
-    model.load_state_dict(tensors, assign=True)
+    aligned = {name: value.clone() for name, value in tensors.items()}  # equal bits come from equally aligned memory
+    model.load_state_dict(aligned, assign=True)
     return model.requires_grad_(True).to(device).eval()
 
 

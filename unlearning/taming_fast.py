@@ -25,6 +25,10 @@ OVERSHOOT = 0.2
 """Slope of the forget loss for an image that lies more than half a sigma_R past its target, against 1 before it."""
 BETAS = (0.9, 0.99)
 """Adam's decays; the second is short, since a run has some tens of steps."""
+PATIENCE = 100
+"""Steps after which the keep loss begins to yield: an easy run has ended by then."""
+RELAX = 0.98
+"""By how much the weight of the keep loss falls each step from then on."""
 WARMUP = 10
 """Steps over which the learning rate rises: Adam's first steps are sign steps, which would move every image."""
 BATCH = 128
@@ -121,7 +125,8 @@ class FastEngine:
         gap = torch.where(z < target, target - z, (z - target - 0.5).clamp(min=0) * OVERSHOOT)
         forget_loss = torch.where(gap < 1, 0.5 * gap.square(), gap - 0.5).mean()
         keep_loss = moved.square().mean()
-        loss = forget_loss + values.keep_weight * keep_loss
+        keep_weight = values.keep_weight * RELAX ** max(0, step - PATIENCE)
+        loss = forget_loss + keep_weight * keep_loss
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), values.clip)

@@ -30,7 +30,9 @@ from unlearning import (
 )
 from unlearning.taming_paper import gaussian_kl
 
-FAST = TamingParameters(max_steps=200, delta=2.0, keep_weight=10.0, learning_rate=5e-3, remember_batch=24)
+FAST = TamingParameters(
+    max_steps=300, delta=2.0, keep_weight=2.0, learning_rate=1e-2, clip=10.0, remember_batch=24
+)  # a flow of two scales on 8 x 8 pixels needs a shove
 PAPER = TamingParameters(engine="paper", max_steps=12, learning_rate=5e-4, refresh_every=4)
 
 
