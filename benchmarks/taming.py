@@ -22,11 +22,13 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from examples.orl import HELD_OUT, N_BITS, PEOPLE, PHOTOS, Faces, base_flow, load_faces
+from models.checkpoints import load_checkpoint
 from models.glow import Glow
 from unlearning import Interrupted, Step, TamingParameters, tame
 from unlearning.likelihood import nll_of
@@ -152,11 +154,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--people", type=int, nargs="*", help="numbers (default: all 36 training people)")
     parser.add_argument("--paper-people", type=int, default=None, help="how many the recipe runs on (default: 3)")
     parser.add_argument("--paper-cap", type=float, default=None, help="seconds a person for the recipe (default: 600)")
+    parser.add_argument(
+        "--base", type=Path, help="checkpoint of the base (default: the cached one, trained if need be)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     faces = load_faces()
-    base = base_flow()
+    base = load_checkpoint(options.base) if options.base else base_flow()
+    if not isinstance(base, Glow):
+        raise SystemExit(f"{options.base} holds no Glow")
     training = faces.training_people
     people = options.people or ([training[0], training[len(training) // 2]] if options.quick else training)
     paper_people = options.paper_people if options.paper_people is not None else (1 if options.quick else 3)
