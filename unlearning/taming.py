@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import tensor_digest
 from models.protocol import Flow
 from models.training import set_memory_format
 from unlearning.errors import InputError, StateError
@@ -132,11 +133,11 @@ def tame(
     build = FastEngine if values.engine == "fast" else PaperEngine
     engine: Engine = build(base, tamed, forget, remember, values, n_bits=n_bits, seed=seed)
     judge = _Judge(cast(Flow, base), cast(Flow, tamed), forget, remember, values, n_bits, seed)
-    fingerprint = _fingerprint(forget, remember, values, n_bits, seed)
+    fingerprint = _fingerprint(base, forget, remember, values, n_bits, seed)
     step, attempts, history, before = 0, 0, list[dict[str, float]](), 0.0
     if state is not None:
         if state.meta.get("fingerprint") != fingerprint:
-            raise StateError("the state belongs to a run with other images, parameters or seed")
+            raise StateError("the state belongs to a run with another base, other images, parameters or seed")
         engine.restore(state.tensors)
         step, attempts = int(state.meta["step"]), int(state.meta["attempts"])
         history, before = list(state.meta["history"]), float(state.meta["seconds"])
@@ -242,8 +243,11 @@ def _check_images(forget: Tensor, remember: Tensor) -> None:
         raise InputError(f"forget images are {tuple(forget.shape[1:])}, remember images {tuple(remember.shape[1:])}")
 
 
-def _fingerprint(forget: Tensor, remember: Tensor, values: TamingParameters, n_bits: int, seed: int) -> str:
-    digest = hashlib.sha256(json.dumps([values.to_dict(), n_bits, seed], sort_keys=True).encode())
+def _fingerprint(
+    base: nn.Module, forget: Tensor, remember: Tensor, values: TamingParameters, n_bits: int, seed: int
+) -> str:
+    facts = [values.to_dict(), n_bits, seed, tensor_digest(base.state_dict())]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for images in (forget, remember):
         digest.update(json.dumps(list(images.shape)).encode())
         digest.update(images.cpu().contiguous().numpy().data)
