@@ -1,7 +1,7 @@
 # forgetd: make demo | test | check | up | bench | clean. `make` alone lists them.
 #
 # torch: from the default index Linux gets the CUDA build (about 3 GB). Where an index has a build for CPUs alone, name
-# it: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# it: make demo TORCH_INDEX=URL
 
 PYTHON ?= python3
 TORCH_INDEX ?=

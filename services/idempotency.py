@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -20,8 +21,9 @@ from services.errors import IdempotencyKeyReused
 from services.tables import IdempotencyRecord
 from services.tenancy import Caller
 
-__all__ = ["Answer", "fingerprint", "once"]
+__all__ = ["Answer", "fingerprint", "once", "purge"]
 
+KEPT_HOURS = 24.0  # how long a key is honoured
 PENDING = 0  # status of a record whose transaction has not yet made its answer; never seen by another one
 
 
@@ -82,3 +84,9 @@ def _stored(session: Session, row: dict[str, str], mark: str) -> Answer:
     if record.fingerprint != mark:
         raise IdempotencyKeyReused("Send a new key for a new request, or the same request with this key.")
     return Answer(record.status, record.headers, record.body["text"])
+
+
+def purge(session: Session) -> int:
+    """Forget the answers whose time is over; their fingerprints go with them. Returns how many."""
+    old = IdempotencyRecord.created_at < func.now() - timedelta(hours=KEPT_HOURS)
+    return len(session.execute(delete(IdempotencyRecord).where(old).returning(IdempotencyRecord.key)).all())

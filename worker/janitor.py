@@ -10,7 +10,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from services import checkpoints, image_sets, object_keys
+from services import checkpoints, idempotency, image_sets, object_keys
 from services.database import Database
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, ImageSet, Job, Tenant
@@ -100,7 +100,12 @@ def _erase_sets(database: Database, storage: ObjectStorage) -> int:
 
 
 def tidy(database: Database, storage: ObjectStorage) -> int:
-    """Remove uploads that were begun a day ago and never became a row. Returns how many objects went."""
+    """Remove uploads that were begun a day ago and never became a row. Returns how many objects went.
+
+    Idempotency records of that age go too.
+    """
+    with database.transaction() as session:
+        idempotency.purge(session)
     older = timedelta(hours=UNFINISHED_HOURS)
     gone = storage.abort_unfinished(TENANTS, older_than=older)
     with database.transaction() as session:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import uuid_utils
+from sqlalchemy import func, select
 
 from services import object_keys
 from services.storage import ObjectStorage
-from services.tables import Checkpoint, ImageSet, Job
+from services.tables import Checkpoint, IdempotencyRecord, ImageSet, Job
 from tests.worker.helpers import Jobs
 from worker import janitor
 from worker.supervisor import Supervisor
@@ -95,3 +96,20 @@ def test_uploads_without_a_row_go_after_a_day(jobs: Jobs, storage: ObjectStorage
     left = storage.keys(object_keys.tenant_prefix(jobs.tenant_id))
     assert old not in left
     assert {fresh, known} <= set(left)
+
+
+def test_idempotency_records_go_after_a_day(jobs: Jobs, storage: ObjectStorage) -> None:
+    with jobs.database.transaction() as session:
+        for key, hours in (("old", 25), ("young", 1)):
+            made = func.now() - timedelta(hours=hours)
+            fields = {"fingerprint": "", "status": 202, "headers": {}, "body": {}}
+            session.add(
+                IdempotencyRecord(
+                    tenant_id=jobs.tenant_id, route="POST /jobs/forget", key=key, created_at=made, **fields
+                )
+            )
+
+    janitor.tidy(jobs.database, storage)
+
+    with jobs.database.transaction() as session:
+        assert list(session.scalars(select(IdempotencyRecord.key))) == ["young"]

@@ -1,0 +1,170 @@
+"""The main job over HTTP: a person is forgotten, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from cli.client import Client
+from cli.errors import ConflictError, JobFailed
+from cli.resources import Checkpoint, Event, Job
+from cli.service import LocalService
+from models.checkpoints import load_checkpoint, read_manifest
+from services.settings import Settings
+from services.storage import ObjectStorage
+from tests.e2e.conftest import Material
+
+T = TypeVar("T")
+SEED = 11
+SECONDS = 240.0  # for whatever a condition waits for, on a loaded machine
+# Slow on purpose: many small steps.
+SLOW = {"learning_rate": 5e-5, "max_steps": 4000}
+
+
+def _until(question: Callable[[], T | None], what: str) -> T:
+    deadline = time.monotonic() + SECONDS
+    while (answer := question()) is None:
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {SECONDS:.0f} s for {what}")
+        time.sleep(0.05)
+    return answer
+
+
+@pytest.fixture
+def checkpoint(client: Client, material: Material) -> Checkpoint:
+    return client.push_checkpoint(material.base, name="faces")
+
+
+def _forget(client: Client, checkpoint: Checkpoint, material: Material, **options: object) -> Job:
+    target = client.push_images(material.person[:5])
+    others = client.push_images(material.others)
+    return client.forget(checkpoint.id, target.id, remember=others.id, seed=SEED, **options)  # type: ignore[arg-type]
+
+
+def _events(client: Client, job: Job, kind: str) -> list[Event]:
+    return [event for event in client.events(job.id) if event.type == kind]
+
+
+def _runner_pid(job: Job) -> int | None:
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "worker.runner" in command and any(job.id in part for part in command):
+            return process.pid
+    return None
+
+
+def _storage(service: LocalService) -> ObjectStorage:
+    names = {name.removeprefix("FORGETD_").lower(): value for name, value in service.environment.items()}
+    return ObjectStorage(Settings.model_validate(names))
+
+
+def test_a_person_is_forgotten(client: Client, checkpoint: Checkpoint, material: Material, tmp_path: Path) -> None:
+    same, strangers = client.push_images(material.person[5:]), client.push_images(material.strangers)
+    job = _forget(client, checkpoint, material, same_identity=same.id, held_out=strangers.id)
+
+    done = client.wait(job.id, timeout=SECONDS)
+    report = client.report(job.id)
+    weights = client.download(job.id, tmp_path)
+
+    assert done.status == "succeeded"
+    assert report["verdict"]["outcome"] == "succeeded"
+    assert [image["forgotten"] for image in report["forget_images"]] == [True] * 5
+    assert {row["key"] for row in report["sets"]} >= {"forget", "same_identity", "remember", "held_out"}
+    assert load_checkpoint(weights).image_shape == (1, 16, 16)
+    assert "<html" in client.report_html(job.id)
+
+
+def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
+    service: LocalService, client: Client, checkpoint: Checkpoint, material: Material, tmp_path: Path
+) -> None:
+    job = _forget(client, checkpoint, material, parameters=SLOW)
+
+    def another_state() -> None:
+        """Until the attempt at work has put a state into the store."""
+        attempts = len(_events(client, job, "attempt_started"))
+        saved = len(_events(client, job, "state_saved"))
+        _until(lambda: len(_events(client, job, "state_saved")) > saved or None, f"a state of attempt {attempts}")
+        assert client.job(job.id).status == "running", "the job was over before the next kill"
+
+    def another_attempt(since: int) -> None:
+        _until(lambda: len(_events(client, job, "attempt_started")) > since or None, "the next attempt")
+
+    another_state()
+    os.kill(_until(lambda: _runner_pid(job), "the runner"), signal.SIGKILL)
+    another_attempt(1)
+    another_state()
+    os.kill(service.pids["gpu.flow"], signal.SIGKILL)
+    another_attempt(2)
+    another_state()
+    os.kill(service.pids["control"], signal.SIGKILL)
+    done = client.wait(job.id, timeout=SECONDS)
+
+    assert done.status == "succeeded"
+    starts = _events(client, job, "attempt_started")
+    assert [event.data["resumed"] for event in starts] == [False, True, True]
+    assert len(_events(client, job, "succeeded")) == 1
+    assert client.report(job.id)["provenance"]["resumed_from_step"] > 0
+    # One publication: of all attempts, one left artifacts, and they are the published ones.
+    storage = _storage(service)
+
+    def one_left() -> list[str] | None:
+        keys = storage.keys("tenants/")
+        prefixes = {key.rpartition("/")[0] for key in keys if f"/{job.id}/" in key}
+        return sorted(prefixes) if len(prefixes) == 1 else None
+
+    (prefix,) = _until(one_left, "the janitor to sweep behind the job")
+    assert "/attempts/" in prefix
+    # Resumed, and not only restarted: the same bits as a run that nobody disturbed.
+    calm = client.wait(_forget(client, checkpoint, material, parameters=SLOW).id, timeout=SECONDS)
+    first, second = client.download(job.id, tmp_path / "a"), client.download(calm.id, tmp_path / "b")
+    assert read_manifest(first).tensor_digest == read_manifest(second).tensor_digest
+    assert load_file(first).keys() == load_file(second).keys()
+
+
+def test_without_a_remember_set_samples_of_the_base_stand_in(
+    client: Client, checkpoint: Checkpoint, material: Material
+) -> None:
+    target = client.push_images(material.person[:5])
+
+    job = client.wait(client.forget(checkpoint.id, target.id, seed=SEED).id, timeout=SECONDS, raise_on_failure=False)
+
+    assert client.report(job.id)["reference"]["source"] == "generated"
+    assert "samples of the base" in client.report_html(job.id)
+    assert job.finished
+
+
+def test_an_unreachable_delta_keeps_the_report_and_withholds_the_weights(
+    client: Client, checkpoint: Checkpoint, material: Material, tmp_path: Path
+) -> None:
+    job = _forget(client, checkpoint, material, parameters={"delta": 9.5, "max_steps": 3})
+
+    with pytest.raises(JobFailed):
+        client.wait(job.id, timeout=SECONDS)
+
+    assert client.job(job.id).reason == "criteria_not_met"
+    assert client.report(job.id)["verdict"]["outcome"] == "criteria_not_met"
+    with pytest.raises(ConflictError, match="withheld"):
+        client.download(job.id, tmp_path)
+
+
+def test_the_photos_are_gone_when_the_job_has_ended(
+    service: LocalService, client: Client, checkpoint: Checkpoint, material: Material
+) -> None:
+    target = client.push_images(material.person[:5])
+    storage = _storage(service)
+    assert any(target.id in key for key in storage.keys("tenants/"))
+
+    job = client.forget(checkpoint.id, target.id, remember=64, parameters={"max_steps": 1})
+    client.wait(job.id, timeout=SECONDS, raise_on_failure=False)
+
+    _until(lambda: all(target.id not in key for key in storage.keys("tenants/")) or None, "the erasure")
+    scratch = Path(service.environment["FORGETD_SCRATCH_DIR"])
+    assert not any(job.id in str(path) for path in scratch.rglob("*"))
