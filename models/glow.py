@@ -53,7 +53,7 @@ class InvConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(channels)[:, :, None, None].clone())
+        self.weight = nn.Parameter(_identity(channels)[:, :, None, None])
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -74,9 +74,9 @@ class InvConvLU(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("w_p", torch.eye(channels))
+        self.register_buffer("w_p", _identity(channels))
         self.register_buffer("s_sign", torch.ones(channels))
-        self.w_l = nn.Parameter(torch.eye(channels))
+        self.w_l = nn.Parameter(_identity(channels))
         self.w_s = nn.Parameter(torch.zeros(channels))
         self.w_u = nn.Parameter(torch.zeros(channels, channels))
 
@@ -390,6 +390,11 @@ def _squeeze(x: Tensor) -> Tensor:
 def _unsqueeze(x: Tensor) -> Tensor:
     """The inverse of `_squeeze`."""
     return F.pixel_shuffle(x, 2)
+
+
+def _identity(size: int) -> Tensor:
+    """I, (size, size). `torch.eye` on the meta device would load torch's compiler: a second of every start."""
+    return torch.zeros(size, size).fill_diagonal_(1)
 
 
 def _random_rotation(size: int, generator: torch.Generator) -> Tensor:
