@@ -29,7 +29,7 @@ from unlearning.taming_paper import PaperEngine
 from unlearning.taming_parameters import TamingParameters
 
 PHASE = "unlearning"
-SAFETY = 0.1
+SAFETY = 0.2
 """In sigma_R: by how much the fast engine clears the criterion before it stops early, for the next judge's noise."""
 
 

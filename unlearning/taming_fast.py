@@ -35,7 +35,7 @@ BATCH = 128
 """Images in one forward without gradients."""
 SMOOTHING = 0.8
 """Decay of the running difference between tamed and base statistics."""
-SLACK = 0.2
+SLACK = 0.25
 """In sigma_R: how far past the criterion the step's own z must be before a confirmation is tried."""
 
 

@@ -43,7 +43,7 @@ class TamingParameters:
     """paper: steps between refreshes of mu_R and sigma_R; [1, 10000]. Paper: 10."""
     keep_weight: float = 40.0
     """fast: weight of the paired keep loss against the forget loss; [0, 100000]. Measured."""
-    margin: float = 0.3
+    margin: float = 0.35
     """fast: the forget loss aims at delta (1 - tolerance) + margin, in sigma_R; [0, 10]. Measured."""
     noise_draws: int = 2
     """fast: noise draws of D_F and D_R whose frozen part is kept; [1, 64]. Measured."""
