@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def attempt(name, call):
         seen[name] = "done"
     except BaseException as error:
         seen[name] = type(error).__name__
+attempt("canary", lambda: Path(sys.argv[4]).read_text())
+attempt("names beside the code", lambda: os.listdir(Path(sys.argv[4]).parent.parent))
 attempt("own file", lambda: (folder / "mine").write_text("x"))
 attempt("other file", lambda: Path(sys.argv[2]).read_text())
 attempt("new file outside", lambda: Path(sys.argv[2]).with_name("new").write_text("x"))
@@ -52,10 +55,15 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("folder")
     secret = tmp_path_factory.mktemp("elsewhere") / "secret"
     secret.write_text("secret")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        tempfile.TemporaryDirectory(prefix=".forgetd-", dir=ROOT) as data,
+    ):
         port = server.getsockname()[1]
+        canary = Path(data) / "credentials"
+        canary.write_text("secret")
         done = subprocess.run(
-            [sys.executable, "-c", INSIDE, str(folder), str(secret), str(port)],
+            [sys.executable, "-c", INSIDE, str(folder), str(secret), str(port), str(canary)],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
@@ -71,7 +79,16 @@ def test_it_reads_and_writes_its_folder_and_imports(inside: dict[str, Any]) -> N
     assert (inside["own file"], inside["import"]) == ("done", "done")
 
 
-@pytest.mark.parametrize("act", ["other file", "new file outside", "environment of the parent"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        "other file",
+        "new file outside",
+        "environment of the parent",
+        "canary",
+        "names beside the code",
+    ],
+)
 def test_it_reaches_no_other_file(inside: dict[str, Any], act: str) -> None:
     if "files" not in inside["walls"]:
         pytest.skip("this kernel has no Landlock")
@@ -90,10 +107,11 @@ def test_memory_files_and_time_are_limited(inside: dict[str, Any]) -> None:
     assert (inside["memory"], inside["large file"], inside["cpu"]) == ("MemoryError", "OSError", "CpuTimeSpent")
 
 
-def test_torch_works_behind_the_walls(tmp_path: Path) -> None:
+def test_torch_and_our_models_work_behind_the_walls(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom worker.runner import sandbox\n"
-        "sandbox.close_doors(Path(sys.argv[1]))\nimport torch\n"
+        "import importlib, sys\nfrom pathlib import Path\nfrom worker.runner import sandbox\n"
+        "sandbox.close_doors(Path(sys.argv[1]))\nimportlib.invalidate_caches()\n"
+        "import torch, models.convert, worker.runner.imports\n"
         "print(float((torch.ones(64, 64) @ torch.ones(64, 64)).sum()))"
     )
 

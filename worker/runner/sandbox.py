@@ -7,13 +7,17 @@ headers) is the first defence and these are the second.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import resource
 import signal
 import struct
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 __all__ = ["CpuTimeSpent", "close_doors", "limit_resources"]
 
@@ -33,13 +37,20 @@ READABLE = (
     "/lib",
     "/lib64",
     "/bin",
-    "/opt",
+    "/opt/rocm",
+    "/opt/intel",
     "/etc/ld.so.cache",
     "/etc/localtime",
-    "/dev",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/random",
+    "/dev/urandom",
     "/sys",
     "/proc/self",
 )
+PYTHONS = ("bin", "lib", "lib64", "pyvenv.cfg")  # of an interpreter's or a virtual environment's folder
+# What the reader is made of. Their parent is not readable: a checkout holds .forgetd, with credentials and scratch.
+PACKAGES = ("models", "worker")
 OPEN_FILES = 256
 OUTPUT_PER_SOURCE = 4
 OUTPUT_BASE_BYTES = 64 * 2**20
@@ -50,7 +61,7 @@ class CpuTimeSpent(Exception):
 
 
 def close_doors(folder: Path) -> list[str]:
-    """No network, no new privileges, no core dump, and no file but Python's own and those of ``folder``.
+    """No network, no new privileges, no core dump, and no file but Python's own, our code and those of ``folder``.
 
     Call it while the process has one thread. Returns the walls that stand, for tests.
     """
@@ -58,6 +69,7 @@ def close_doors(folder: Path) -> list[str]:
     if not sys.platform.startswith("linux"):
         return []
     libc = ctypes.CDLL(None, use_errno=True)
+    sys.meta_path.insert(0, _Found(PACKAGES))
     standing = []
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         standing.append("no_new_privs")
@@ -69,15 +81,30 @@ def close_doors(folder: Path) -> list[str]:
     return standing
 
 
+class _Found(MetaPathFinder):
+    """Packages that were found while their parent could still be listed."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._specs = {name: importlib.util.find_spec(name) for name in names}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where the package is; None for everything else."""
+        del path, target
+        return self._specs.get(fullname)
+
+
 def _landlock(libc: ctypes.CDLL, folder: Path) -> bool:
-    """Read beneath Python and the system's libraries, everything beneath the folder; this also hides other processes,
-    among them the supervisor with its credentials in its environment."""
+    """Read beneath Python, our packages and the system's libraries, everything beneath the folder; this also hides
+    other processes, among them the supervisor with its credentials in its environment."""
     attributes = struct.pack("=Q", EVERYTHING)
     ruleset = libc.syscall(SYS_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return False
     code = Path(__file__).resolve().parents[2]
-    rules = [(Path(path), READ) for path in (*READABLE, sys.prefix, sys.base_prefix, str(code))]
+    pythons = [Path(prefix, part) for prefix in (sys.prefix, sys.base_prefix) for part in PYTHONS]
+    rules = [(path, READ) for path in (*map(Path, READABLE), *pythons, *(code / name for name in PACKAGES))]
     for path, rights in [*rules, (folder, EVERYTHING)]:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
