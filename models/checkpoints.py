@@ -35,10 +35,14 @@ SCHEMA_VERSION = 1
 METADATA_KEY = "forgetd"
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
+MAX_MANIFEST_CHARACTERS = 64 * 2**10
+MAX_MANIFEST_LEVELS = 32
+MAX_QUOTED_CHARACTERS = 80
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+ODD_CHARACTERS = re.compile("[\\0\ud800-\udfff]")
 
 Builder = Callable[[tuple[int, int, int], int, Mapping[str, Any]], CheckpointedFlow]
 
@@ -84,11 +88,13 @@ class Manifest:
         """Read and check the text of a manifest.
 
         Raises:
-            ManifestError: it is no JSON object, or a field is missing, odd or of the wrong type.
+            ManifestError: it is too long or no JSON object, or a field is missing, odd or of the wrong type.
         """
+        if len(text) > MAX_MANIFEST_CHARACTERS:
+            raise ManifestError(f"the manifest has {len(text):,} characters; the most is {MAX_MANIFEST_CHARACTERS:,}")
         try:
-            fields = json.loads(text)
-        except ValueError as error:
+            fields = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise ManifestError("the manifest is no JSON; convert the checkpoint again") from error
         types = {
             "family": str, "architecture": dict, "image_size": int, "channels": int, "n_bits": int,
@@ -96,9 +102,12 @@ class Manifest:
         }  # fmt: skip
         if not isinstance(fields, dict):
             raise ManifestError("the manifest is no JSON object; convert the checkpoint again")
+        _check_plain(fields)
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ManifestError(f"manifest schema version {version!r} is not known here (this is {SCHEMA_VERSION})")
+            raise ManifestError(
+                f"manifest schema version {_quoted(version)} is not known here (this is {SCHEMA_VERSION})"
+            )
         _check_fields(fields, types, "manifest")
         return cls(**fields)
 
@@ -135,10 +144,12 @@ def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any]
         family=flow.family, architecture=dict(flow.architecture), image_size=height, channels=channels,
         n_bits=flow.n_bits, tensor_digest=tensor_digest(tensors), extra=dict(extra or {}),
     )  # fmt: skip
+    text = manifest.to_json()
+    Manifest.from_json(text)  # what could not be read again is not written
     target = Path(path)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata={METADATA_KEY: manifest.to_json()})
+        save_file(tensors, part, metadata={METADATA_KEY: text})
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -187,7 +198,7 @@ def build(manifest: Manifest) -> nn.Module:
     """An empty model of the manifest's architecture, on the meta device: it costs no memory."""
     builder = FAMILIES.get(manifest.family)
     if builder is None:
-        raise UnknownFamilyError(f"family {manifest.family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
+        raise UnknownFamilyError(f"family {_quoted(manifest.family)} is unknown; known: {', '.join(sorted(FAMILIES))}")
     with torch.device("meta"):
         return cast(nn.Module, builder(manifest.image_shape, manifest.n_bits, manifest.architecture))
 
@@ -254,28 +265,57 @@ def read_header(path: Path | str) -> Header:
 
 def _read_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict):
-        raise CheckpointFormatError(f"tensor {name!r} has no description")
+        raise CheckpointFormatError(f"tensor {_quoted(name)} has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointFormatError(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        raise CheckpointFormatError(f"tensor {_quoted(name)} has dtype {_quoted(dtype)}; known: {', '.join(DTYPES)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise CheckpointFormatError(f"tensor {name!r} has a malformed shape or offset")
+            raise CheckpointFormatError(f"tensor {_quoted(name)} has a malformed shape or offset")
     shape, offsets = cast(list[int], shape), cast(list[int], offsets)
     if len(offsets) != 2 or len(shape) > 8:
-        raise CheckpointFormatError(f"tensor {name!r} has a malformed shape or offset")
+        raise CheckpointFormatError(f"tensor {_quoted(name)} has a malformed shape or offset")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise CheckpointFormatError(f"tensor {name!r} does not have the bytes of its shape {shape}")
+        raise CheckpointFormatError(f"tensor {_quoted(name)} does not have the bytes of its shape {shape}")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
 def _check_fields(values: Mapping[str, Any], types: Mapping[str, type], what: str) -> None:
     missing, odd = sorted(types.keys() - values.keys()), sorted(values.keys() - types.keys())
     if missing or odd:
-        raise ManifestError(f"the {what} lacks {missing} and has unknown {odd}; convert the checkpoint again")
+        raise ManifestError(
+            f"the {what} lacks {_quoted(missing)} and has unknown {_quoted(odd)}; convert the checkpoint again"
+        )
     for name, kind in types.items():
         if type(values[name]) is not kind:
-            raise ManifestError(f"the {what}'s {name} must be {kind.__name__}, not {values[name]!r}")
+            raise ManifestError(f"the {what}'s {name} must be {kind.__name__}, not {_quoted(values[name])}")
+
+
+def _check_plain(fields: dict[str, Any]) -> None:
+    """Nothing that a database or another reader of JSON would refuse: NUL, half a surrogate pair, infinity, depth."""
+    waiting: list[tuple[object, int]] = [(fields, 1)]
+    while waiting:
+        value, level = waiting.pop()
+        if level > MAX_MANIFEST_LEVELS:
+            raise ManifestError(f"the manifest is nested more than {MAX_MANIFEST_LEVELS} levels deep")
+        if isinstance(value, dict):
+            waiting += [(part, level + 1) for entry in value.items() for part in entry]
+        elif isinstance(value, list):
+            waiting += [(part, level + 1) for part in value]
+        elif isinstance(value, str) and ODD_CHARACTERS.search(value):
+            raise ManifestError("the manifest holds a NUL or half of a surrogate pair; convert the checkpoint again")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ManifestError("the manifest holds a number that is not finite; convert the checkpoint again")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _quoted(value: object) -> str:
+    """A stranger's value for a message, cut short."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
 def _check_names(header: Header, model: nn.Module) -> None:

@@ -14,7 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from models.checkpoints import METADATA_KEY, load_checkpoint, load_flow, read_manifest, save_checkpoint, tensor_digest
+from models.checkpoints import (
+    METADATA_KEY,
+    Manifest,
+    load_checkpoint,
+    load_flow,
+    read_manifest,
+    save_checkpoint,
+    tensor_digest,
+)
 from models.errors import (
     ArchitectureError,
     CheckpointError,
@@ -115,6 +123,13 @@ NAME = "blocks.0.flows.0.actnorm.loc"
         (lambda m: m.pop("n_bits"), ManifestError, "n_bits"),
         (lambda m: m.update(n_bits="5"), ManifestError, "n_bits"),
         (lambda m: m.update(surprise=1), ManifestError, "surprise"),
+        (lambda m: m.update(extra={"a": "\0"}), ManifestError, "NUL"),
+        (lambda m: m.update(extra={"\ud800": 1}), ManifestError, "surrogate"),
+        (lambda m: m.update(extra={"a": [float("nan")]}), ManifestError, "no JSON"),
+        (lambda m: m.update(extra={"a": float("-inf")}), ManifestError, "no JSON"),
+        (lambda m: m.update(extra={"a": "x" * 2**16}), ManifestError, "characters"),
+        (lambda m: m.update(extra={"a": json.loads("[" * 40 + "]" * 40)}), ManifestError, "levels"),
+        (lambda m: m.update(family="x" * 60_000), UnknownFamilyError, r"x\.\.\. is unknown"),
         (lambda m: m["architecture"].pop("hidden"), ManifestError, "hidden"),
         (lambda m: m["architecture"].update(hidden=10**8), ArchitectureError, "hidden"),
         (lambda m: m["architecture"].update(n_flow=3), TensorMismatchError, "missing"),
@@ -131,6 +146,35 @@ def test_a_manifest_that_does_not_fit_is_refused(
 
     with pytest.raises(error, match=says):
         load_checkpoint(path)
+
+
+def test_a_number_beyond_a_double_is_refused(tmp_path: Path) -> None:
+    text = read_manifest(rewritten(tmp_path / "a.safetensors")).to_json()
+
+    with pytest.raises(ManifestError, match="not finite"):
+        Manifest.from_json(text.replace('"extra": {}', '"extra": {"a": 1e999}'))
+
+
+def test_a_message_quotes_little_of_a_hostile_file(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(header({"n" * 10_000: 1}))
+    refusals: list[str] = []
+    for path in (
+        tmp_path / "a.safetensors",
+        rewritten(tmp_path / "b.safetensors", manifest=lambda m: m.update(n_bits="5" * 10_000)),
+        rewritten(tmp_path / "c.safetensors", manifest=lambda m: m.update({"o" * 10_000: 1})),
+    ):
+        with pytest.raises(CheckpointError) as refusal:
+            load_checkpoint(path)
+        refusals.append(str(refusal.value))
+
+    assert max(len(refusal) for refusal in refusals) < 300
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError):
+        save_checkpoint(tmp_path / "a.safetensors", FLOWS["rgb"](), extra={"a": "x" * 2**16})
+
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
