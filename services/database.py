@@ -24,6 +24,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_pre_ping=True,
+            hide_parameters=True,  # values are what callers sent: an exception's text ends in a log
             connect_args={
                 "connect_timeout": CONNECT_SECONDS,
                 # A peer that vanished without a goodbye must not hold a supervisor's renewal for ever.
