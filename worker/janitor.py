@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SWEEP_AT_ONCE = 20
 SETS_AT_ONCE = 5
 UNFINISHED_HOURS = 24
+STALE_WRITERS = timedelta(days=2)  # an attempt that lost its lease may go on writing, but not for this long
 TENANTS = "tenants/"
 OWNED = re.compile(r"tenants/[^/]+/(checkpoints|image-sets)/((?:ckpt|imgs)_[0-9a-f]{32})/")
 
@@ -100,14 +101,15 @@ def _erase_sets(database: Database, storage: ObjectStorage) -> int:
 
 
 def tidy(database: Database, storage: ObjectStorage) -> int:
-    """Remove uploads that were begun a day ago and never became a row. Returns how many objects went.
+    """Remove uploads that were begun a day ago and never became a row, and what stale attempts wrote behind the sweep.
 
-    Idempotency records of that age go too.
+    Idempotency records of a day go too. Returns how many objects went.
     """
     with database.transaction() as session:
         idempotency.purge(session)
     older = timedelta(hours=UNFINISHED_HOURS)
-    gone = storage.abort_unfinished(TENANTS, older_than=older)
+    gone = _sweep_again(database, storage)
+    gone += storage.abort_unfinished(TENANTS, older_than=older)
     with database.transaction() as session:
         tenants = list(session.scalars(select(Tenant.id)))
     for tenant_id in tenants:
@@ -121,7 +123,27 @@ def tidy(database: Database, storage: ObjectStorage) -> int:
         for name in _without_row(database, tenant_id, set(old)):
             gone += storage.erase(old[name])
     if gone:
-        logger.info("%d objects of unfinished uploads removed", gone)
+        logger.info("%d objects of unfinished uploads and stale attempts removed", gone)
+    return gone
+
+
+def _sweep_again(database: Database, storage: ObjectStorage) -> int:
+    """Sweep every job again whose last sweep came too early to be behind every stale attempt of it."""
+    early = Job.swept_at < Job.finished_at + STALE_WRITERS
+    with database.transaction() as session:
+        due = list(session.scalars(select(Job.id).where(early)))
+    gone = 0
+    for job_id in due:
+        with database.transaction() as session:
+            job = session.scalar(select(Job).where(Job.id == job_id, early).with_for_update(skip_locked=True))
+            if job is None:
+                continue
+            try:
+                gone += _sweep(session, storage, job)
+            except (BotoCoreError, ClientError, RuntimeError) as error:
+                logger.warning("%s: not swept again (%s)", job_id, type(error).__name__)
+                continue
+            session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
     return gone
 
 

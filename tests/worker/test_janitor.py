@@ -30,6 +30,41 @@ def test_an_ended_job_keeps_its_publication_alone(supervisor: Supervisor, jobs: 
     assert jobs.keys(job_id) == [published + name for name in ("manifest.json", "report.json", "tamed.safetensors")]
 
 
+def late_state(jobs: Jobs, job_id: str) -> None:
+    """What an attempt writes that does not know yet that it lost its lease."""
+    for key in (
+        object_keys.state(jobs.tenant_id, job_id, 999_999, 5),
+        object_keys.attempt_prefix(jobs.tenant_id, job_id, 999_999) + "tamed.safetensors",
+    ):
+        jobs.storage.put(key, b"of a zombie", media_type="application/octet-stream")
+
+
+def test_what_a_stale_attempt_writes_behind_the_sweep_is_found_again(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=10)
+    supervisor.run(job_id)
+    janitor.sweep(jobs.database, jobs.storage)
+    published = jobs.keys(job_id)
+    late_state(jobs, job_id)
+
+    janitor.tidy(jobs.database, jobs.storage)
+    janitor.tidy(jobs.database, jobs.storage)
+
+    assert jobs.keys(job_id) == published
+
+
+def test_a_sweep_two_days_after_the_end_is_the_last(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=1)
+    supervisor.run(job_id)
+    janitor.sweep(jobs.database, jobs.storage)
+    with jobs.database.transaction() as session:
+        session.get_one(Job, job_id).finished_at = datetime.now(UTC) - timedelta(days=3)
+    late_state(jobs, job_id)
+
+    janitor.tidy(jobs.database, jobs.storage)
+
+    assert any(key.endswith("00000005.safetensors") for key in jobs.keys(job_id))
+
+
 def test_the_forgotten_images_are_erased_once_the_job_ended(supervisor: Supervisor, jobs: Jobs) -> None:
     image_set_id = jobs.image_set()
     job_id = jobs.queue(steps=1, image_set=image_set_id)
