@@ -17,6 +17,14 @@ from worker.runner.problems import UserError
 
 __all__ = ["Images", "Reader"]
 
+# Where each set is named in the request.
+POINTERS = {
+    "target": "/target/images",
+    "remember": "/remember/images",
+    "same_identity": "/evaluation/same_identity/images",
+    "held_out": "/evaluation/held_out/images",
+}
+
 FitMode = Literal["crop", "squash", "exact"]
 
 
@@ -63,9 +71,8 @@ class Reader:
                 [self._folder / path for path in paths], image_size=self._size, channels=self._channels, fit=self._fit
             )
         except ImageError as error:
-            raise UserError(
-                "image-refused", "An image was refused", f"In the {role} set: {error}", pointer=f"/{role}"
-            ) from error
+            detail = f"In the {role.replace('_', ' ')} set: {error}"
+            raise UserError("image-refused", "An image was refused", detail, pointer=POINTERS[role]) from error
         self._fits += fits
         return Images(pixels, fits)
 

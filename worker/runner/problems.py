@@ -12,8 +12,14 @@ class OutOfMemory(Exception):
 
 
 class UserError(Exception):
-    """The job cannot be done as asked; trying again would not help."""
+    """The job cannot be done as asked; trying again would not help.
 
-    def __init__(self, slug: str, title: str, detail: str, **members: Any) -> None:
+    Args:
+        pointer: the place in the request, where there is one; short for ``errors`` with the detail at that place.
+    """
+
+    def __init__(self, slug: str, title: str, detail: str, *, pointer: str | None = None, **members: Any) -> None:
         super().__init__(detail)
         self.problem = {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail, **members}
+        if pointer is not None:
+            self.problem["errors"] = [*members.get("errors", []), {"pointer": pointer, "detail": detail}]
