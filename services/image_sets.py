@@ -16,8 +16,6 @@ from services.tenancy import Caller
 
 __all__ = ["begin", "complete", "discard", "erasable", "erase", "erase_now", "get", "live", "register"]
 
-OPEN = ("queued", "running", "cancelling")
-
 
 def register(
     session: Session, caller: Caller, image_set_id: str, *, images: list[dict[str, Any]], hours: float
@@ -58,9 +56,13 @@ def complete(session: Session, caller: Caller, image_set_id: str, images: list[d
 
 
 def discard(session: Session, storage: ObjectStorage, caller: Caller, image_set_id: str) -> None:
-    """Undo ``begin``: a refused upload leaves neither object nor row."""
+    """Undo ``begin``: a refused upload leaves neither object nor row. A set that is complete after all stays."""
+    unfinished = and_(ImageSet.tenant_id == caller.tenant_id, ImageSet.id == image_set_id, ImageSet.count == 0)
+    row = session.scalar(select(ImageSet).where(unfinished).with_for_update())
+    if row is None:
+        return
     storage.erase(object_keys.image_set_prefix(caller.tenant_id, image_set_id))
-    session.execute(delete(ImageSet).where(ImageSet.tenant_id == caller.tenant_id, ImageSet.id == image_set_id))
+    session.execute(delete(ImageSet).where(unfinished))
 
 
 def _owned(tenant_id: str, image_set_id: str) -> ColumnElement[bool]:
@@ -93,37 +95,49 @@ def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -
 
 
 def erasable(session: Session, *, limit: int = 20) -> list[ImageSet]:
-    """Sets whose images must go: past their cap, or the target of a job that ended. Locked.
+    """Sets whose images must go: past their cap, or photos of the forgotten whose job ended. Locked.
 
     A set that an open job still reads stays until that job ends or the cap is reached.
     """
-    target = Job.request["target"]["images"].astext
-    used = select(target).where(Job.kind == "forget", Job.tenant_id == ImageSet.tenant_id, target == ImageSet.id)
-    ended = used.where(Job.finished_at.is_not(None)).exists()
-    due = or_(ImageSet.expires_at < func.now(), ended & ~_still_read())
-    return list(
-        session.scalars(
-            select(ImageSet).where(ImageSet.erased_at.is_(None), due).limit(limit).with_for_update(skip_locked=True)
+    unlocked = select(ImageSet).where(ImageSet.erased_at.is_(None), _due())
+    candidates = session.scalars(unlocked.limit(limit).with_for_update(skip_locked=True)).all()
+    # A job may have been accepted between that statement's snapshot and its locks. From here on none can be.
+    due = set(session.scalars(select(ImageSet.id).where(ImageSet.id.in_([row.id for row in candidates]), _due())))
+    return [row for row in candidates if row.id in due]
+
+
+def _due() -> ColumnElement[bool]:
+    """Whether the images of the enclosing statement's set must go."""
+    ended = (
+        select(Job.id)
+        .where(
+            Job.kind == "forget",
+            Job.tenant_id == ImageSet.tenant_id,
+            Job.finished_at >= ImageSet.created_at,  # implied, and what the index is asked: a day of jobs at most
+            or_(_names("target"), _names("evaluation", "same_identity")),
         )
+        .exists()
     )
+    return or_(ImageSet.expires_at < func.now(), ended & ~_still_read())
 
 
 def _still_read() -> ColumnElement[bool]:
     """Whether an open job reads the set of the enclosing statement."""
+    roles = [("target",), ("remember",), ("evaluation", "same_identity"), ("evaluation", "held_out")]
     return (
         select(Job.id)
         .where(
             Job.tenant_id == ImageSet.tenant_id,
-            Job.status.in_(OPEN),
-            or_(
-                Job.request["target"]["images"].astext == ImageSet.id,
-                Job.request["remember"]["images"].astext == ImageSet.id,
-                Job.request["evaluation"]["same_identity"]["images"].astext == ImageSet.id,
-                Job.request["evaluation"]["held_out"]["images"].astext == ImageSet.id,
-            ),
+            or_(Job.status == "queued", Job.lease_until.is_not(None)),  # open, as two small indexes have it
+            or_(*(_names(*role) for role in roles)),
         )
         .exists()
     )
+
+
+def _names(*role: str) -> ColumnElement[bool]:
+    """Whether a job's request names the set in that role."""
+    return Job.request[(*role, "images")].astext == ImageSet.id
 
 
 def erase_now(session: Session, storage: ObjectStorage, caller: Caller, image_set_id: str) -> ImageSet:

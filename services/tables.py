@@ -153,6 +153,7 @@ class Job(Base):
         # The control loop's questions, each answered from a small partial index however long the history is.
         Index("ix_jobs_queued", "queue", text("priority DESC"), "id", postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_leased", "lease_until", postgresql_where=text("lease_until IS NOT NULL")),
+        Index("ix_jobs_finished", "tenant_id", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND swept_at IS NULL")),
     )
 

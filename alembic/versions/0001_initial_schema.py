@@ -194,6 +194,13 @@ def upgrade() -> None:
         postgresql_where=sa.text("status = 'queued'"),
     )
     op.create_index(
+        "ix_jobs_finished",
+        "jobs",
+        ["tenant_id", "finished_at"],
+        unique=False,
+        postgresql_where=sa.text("finished_at IS NOT NULL"),
+    )
+    op.create_index(
         "ix_jobs_unswept",
         "jobs",
         ["finished_at"],
@@ -234,6 +241,7 @@ def downgrade() -> None:
     op.drop_index(
         "ix_jobs_unswept", table_name="jobs", postgresql_where=sa.text("finished_at IS NOT NULL AND swept_at IS NULL")
     )
+    op.drop_index("ix_jobs_finished", table_name="jobs", postgresql_where=sa.text("finished_at IS NOT NULL"))
     op.drop_index("ix_jobs_queued", table_name="jobs", postgresql_where=sa.text("status = 'queued'"))
     op.drop_index("ix_jobs_listing", table_name="jobs")
     op.drop_index("ix_jobs_leased", table_name="jobs", postgresql_where=sa.text("lease_until IS NOT NULL"))
