@@ -22,6 +22,7 @@ __all__ = ["ObjectStorage", "StoredObject", "Upload", "file_sha256"]
 
 PART_BYTES = 8 * 2**20  # 10,000 parts at most: 80 GiB
 READ_BYTES = 2**20
+DELETE_AT_ONCE = 1000  # the protocol's most
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 
@@ -150,16 +151,13 @@ class ObjectStorage:
         """Delete everything under a prefix: every version, delete marker and unfinished upload. Returns how many.
 
         Raises:
-            RuntimeError: something is still listed afterwards.
+            RuntimeError: the store refused a deletion, or something is still listed afterwards.
         """
         gone = 0
         for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=prefix):
             entries: list[Any] = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
-            for item in entries:
-                version: Any = item.get("VersionId")
-                where: dict[str, Any] = {} if version in (None, "null") else {"VersionId": version}
-                self._client.delete_object(Bucket=self.bucket, Key=item["Key"], **where)
-                gone += 1
+            for start in range(0, len(entries), DELETE_AT_ONCE):
+                gone += self._delete(entries[start : start + DELETE_AT_ONCE])
         for key, upload_id in self.unfinished(prefix):
             self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
             gone += 1
@@ -167,6 +165,17 @@ class ObjectStorage:
         if left:
             raise RuntimeError(f"{len(left)} objects are still listed under {prefix} after their deletion")
         return gone
+
+    def _delete(self, entries: list[Any]) -> int:
+        objects: list[Any] = [
+            {"Key": item["Key"]} | ({} if item.get("VersionId") in (None, "null") else {"VersionId": item["VersionId"]})
+            for item in entries
+        ]
+        answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+        errors = answer.get("Errors", [])
+        if errors:
+            raise RuntimeError(f"the store refused {len(errors)} of {len(objects)} deletions: {errors[0].get('Code')}")
+        return len(objects)
 
     def abort_unfinished(self, prefix: str, *, older_than: timedelta) -> int:
         """Abort the multipart uploads under a prefix that were begun longer ago than this. Returns how many."""
