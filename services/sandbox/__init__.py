@@ -1,5 +1,5 @@
 """Processes that touch foreign bytes: no credentials, no network where the kernel allows it, and limits."""
 
-from services.sandbox.images import ImageDecoder, Pixels
+from services.sandbox.images import DECODERS, ImageDecoder, Pixels
 
-__all__ = ["ImageDecoder", "Pixels"]
+__all__ = ["DECODERS", "ImageDecoder", "Pixels"]

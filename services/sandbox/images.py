@@ -19,15 +19,17 @@ from typing import IO, Any, Self
 
 from services.errors import ImageRefused
 
-__all__ = ["ImageDecoder", "Pixels"]
+__all__ = ["DECODERS", "ImageDecoder", "Pixels"]
 
 PROGRAM = Path(__file__).with_name("image_process.py")
 MEMORY_BYTES = 2**30  # address space: an image at the pixel cap needs about 700 MB on its way
+DECODERS = 2  # images decoded at a time in this process: its memory holds that many times MEMORY_BYTES, and itself
 WALL_SECONDS = 60.0  # per image; the processor time has its own, shorter limit
 LONGEST_FACTS = 4096
 
 WALLS = frozenset({"limits", "network", "files", "privileges"})
 logger = logging.getLogger("forgetd.sandbox")
+_places = threading.BoundedSemaphore(DECODERS)
 
 REFUSALS = {
     "empty": "is empty; send the file's bytes",
@@ -88,9 +90,18 @@ class ImageDecoder:
     def decode(self, data: bytes, *, index: int) -> Pixels:
         """The pixels of one file. ``index`` is its place in the upload, the only name it has here.
 
+        Waits while ``DECODERS`` other images are being decoded.
+
         Raises:
             ImageRefused: It is not a single still picture within the limits. After ``crashed`` the decoder is spent.
         """
+        with _places:
+            facts, png = self._exchange(data)
+        if "refused" in facts:
+            raise ImageRefused(f"Image {index} {REFUSALS[facts['refused']]}.", index=index, reason=facts["refused"])
+        return Pixels(png, int(facts["width"]), int(facts["height"]), str(facts["mode"]))
+
+    def _exchange(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         watchdog = threading.Timer(self._wall_seconds, self._process.kill)
         watchdog.daemon = True
         watchdog.start()
@@ -98,14 +109,11 @@ class ImageDecoder:
             self._stdin.write(struct.pack(">Q", len(data)))
             self._stdin.write(data)
             self._stdin.flush()
-            facts, png = self._facts(), self._frame()
+            return self._facts(), self._frame()
         except (OSError, EOFError):
-            facts, png = {"refused": "crashed"}, b""
+            return {"refused": "crashed"}, b""
         finally:
             watchdog.cancel()
-        if "refused" in facts:
-            raise ImageRefused(f"Image {index} {REFUSALS[facts['refused']]}.", index=index, reason=facts["refused"])
-        return Pixels(png, int(facts["width"]), int(facts["height"]), str(facts["mode"]))
 
     def close(self) -> None:
         """End the process."""

@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 from PIL import Image
 
 from services.errors import ImageRefused
-from services.sandbox import ImageDecoder, image_process
+from services.sandbox import DECODERS, ImageDecoder, image_process
 
 PROGRAM = Path(image_process.__file__)
 MIB = 2**20
@@ -149,3 +152,32 @@ def test_closing_ends_the_process_and_takes_its_folder_away(tmp_path: Path, monk
 
     assert not psutil.pid_exists(decoder.pid)
     assert os.listdir(tmp_path) == []
+
+
+def test_no_more_than_so_many_images_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work, most, entered = 0, 0, threading.Lock()
+    exchange = ImageDecoder._exchange
+
+    def counted(decoder: ImageDecoder, data: bytes) -> Any:
+        nonlocal at_work, most
+        with entered:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.1)
+        try:
+            return exchange(decoder, data)
+        finally:
+            with entered:
+                at_work -= 1
+
+    monkeypatch.setattr(ImageDecoder, "_exchange", counted)
+
+    def decode(index: int) -> int:
+        with ImageDecoder(max_pixels=100) as decoder:
+            return decoder.decode(picture(), index=index).width
+
+    with ThreadPoolExecutor(5) as pool:
+        widths = list(pool.map(decode, range(5)))
+
+    assert widths == [9] * 5
+    assert most == DECODERS
