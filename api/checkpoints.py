@@ -73,7 +73,14 @@ async def upload(
     checkpoint_id = new_id("ckpt")
     key = checkpoints.source_key(caller.tenant_id, checkpoint_id)
     limit, inspect = settings.max_checkpoint_bytes, checkpoint_files.inspect
-    async with stored_body(request, storage, key, limit=limit, sha256=sha256, inspect=inspect) as source:
+
+    def recorded() -> bool:
+        with database.transaction() as session:
+            return checkpoints.exists(session, caller.tenant_id, checkpoint_id)
+
+    async with stored_body(
+        request, storage, key, limit=limit, sha256=sha256, inspect=inspect, recorded=recorded
+    ) as source:
         answer, replayed = await run_in_threadpool(
             _register, database, caller, checkpoint_id, query, source, idempotency_key
         )

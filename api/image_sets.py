@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+import anyio.to_thread
+from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -35,6 +37,7 @@ from services.errors import (
 )
 from services.ids import new_id
 from services.image_intake import ImageIntake
+from services.sandbox import DECODERS
 from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tenancy import Caller
@@ -80,11 +83,24 @@ async def upload(
     )
     async with _intake(database, storage, settings, caller) as (image_set_id, intake):
         async for file in files:
-            await run_in_threadpool(intake.add, file)
+            await anyio.to_thread.run_sync(intake.add, file, limiter=_door())
         answer, replayed = await run_in_threadpool(
             _complete, database, storage, caller, image_set_id, intake, idempotency_key
         )
     return answers.send(answer, replayed=replayed)
+
+
+_doors: RunVar[anyio.CapacityLimiter] = RunVar("image doors")
+
+
+def _door() -> anyio.CapacityLimiter:
+    """Uploads that wait for a decoder wait here, in order, and not in the threads that all other requests need."""
+    try:
+        return _doors.get()
+    except LookupError:
+        door = anyio.CapacityLimiter(2 * DECODERS)  # so that one can store while another decodes
+        _doors.set(door)
+        return door
 
 
 @contextlib.asynccontextmanager
@@ -93,7 +109,8 @@ async def _intake(
 ) -> AsyncIterator[tuple[str, ImageIntake]]:
     """A set being filled; an error inside the block, or a caller who leaves, takes out all of it.
 
-    Where that fails too, the set's row stays, and with it the cap on the life of its images.
+    A set that was completed after all stays: the reply to a COMMIT can be lost. Where the taking out fails too, the
+    set's row stays, and with it the cap on the life of its images.
     """
     image_set_id = new_id("imgs")
     await run_in_threadpool(_begin, database, caller, image_set_id, settings.image_set_hours)

@@ -33,7 +33,7 @@ class Declared(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image_size: Annotated[int, Field(ge=2, le=4096, description="side of the images in pixels")] | None = None
+    image_size: Annotated[int, Field(ge=2, le=1024, description="side of the images in pixels")] | None = None
     n_bits: Annotated[int, Field(ge=1, le=8, description="bits per channel the model was trained on")] | None = None
     family: Literal["glow"] | None = None
 
@@ -138,7 +138,9 @@ class JobResource(BaseModel):
     id: str
     kind: Literal["forget"]
     status: Status
-    phase: str | None = Field(description="of the running attempt: validating, fisher, unlearning, evaluating")
+    phase: str | None = Field(
+        description="of the running attempt: validating, fisher, unlearning, evaluating, publishing"
+    )
     checkpoint: str
     request: dict[str, Any] = Field(description="as accepted, with defaults")
     seed: int

@@ -67,8 +67,11 @@ async def stored_body(
     limit: int,
     sha256: str | None,
     inspect: Callable[[bytes, int | None], None],
+    recorded: Callable[[], bool],
 ) -> AsyncIterator[StoredObject]:
     """Stream the body into the store; an error inside the block, or a caller who leaves, takes it out again.
+
+    Unless a row names it by then: the reply to a COMMIT can be lost. Where nobody can tell, the janitor will.
 
     Args:
         request: Whose body.
@@ -77,15 +80,19 @@ async def stored_body(
         limit: Most bytes.
         sha256: What the whole must digest to; None: not checked.
         inspect: Looks at the first bytes and the announced length, and raises if the file cannot be what it must be.
+        recorded: Whether the block's work was kept after all; asked only once the object is whole.
     """
     upload = storage.upload(key)
+    stored = False
     try:
         await _receive(request, upload, limit, inspect)
         if sha256 is not None and upload.sha256() != sha256:
             raise DigestMismatch("The bytes that arrived have another SHA-256 than announced; send the file again.")
-        yield await run_in_threadpool(upload.finish)
+        source = await run_in_threadpool(upload.finish)
+        stored = True
+        yield source
     except BaseException:
-        await clean_up(_take_out, storage, upload, key)
+        await clean_up(_take_out, storage, upload, key, recorded if stored else None)
         raise
 
 
@@ -98,8 +105,11 @@ async def clean_up(undo: Callable[..., None], *arguments: object) -> None:
             logger.warning("%s failed with %s", undo.__name__, type(error).__name__)
 
 
-def _take_out(storage: ObjectStorage, upload: Upload, key: str) -> None:
-    upload.abort()
+def _take_out(storage: ObjectStorage, upload: Upload, key: str, recorded: Callable[[], bool] | None) -> None:
+    if recorded is None:
+        upload.abort()
+    elif recorded():
+        return
     storage.erase(key)
 
 

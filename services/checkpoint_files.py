@@ -11,7 +11,7 @@ __all__ = ["inspect", "require_media_type"]
 MEDIA_TYPE = "application/octet-stream"
 SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own cap
 ZIP = b"PK\x03\x04"  # torch.save since 1.6
-PICKLE_PROTOCOLS = range(2, 6)  # torch.save before
+PICKLE_PROTOCOLS = range(2, 6)  # torch.save before; refused
 
 
 def require_media_type(content_type: str | None) -> None:
@@ -26,8 +26,13 @@ def inspect(head: bytes, length: int | None) -> None:
     Raises:
         NotACheckpoint: It is neither safetensors nor a state dict. The converter looks closer, and runs no code of it.
     """
-    if head.startswith(ZIP) or (head[:1] == b"\x80" and len(head) > 1 and head[1] in PICKLE_PROTOCOLS):
+    if head.startswith(ZIP):
         return
+    if head[:1] == b"\x80" and len(head) > 1 and head[1] in PICKLE_PROTOCOLS and head[8:9] != b"{":
+        raise NotACheckpoint(
+            "This is a bare pickle, as torch.save wrote it before 1.6: save it again with torch >= 1.6 (zip format) "
+            "or as safetensors."
+        )
     if len(head) < 10 or head[8:9] != b"{":
         raise NotACheckpoint("Send a safetensors file, or a state dict as torch.save writes it.")
     header = struct.unpack("<Q", head[:8])[0]

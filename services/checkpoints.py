@@ -13,7 +13,7 @@ from services.storage import StoredObject
 from services.tables import Checkpoint
 from services.tenancy import Caller
 
-__all__ = ["accept", "get", "list_page", "ready", "register", "reject"]
+__all__ = ["accept", "exists", "get", "list_page", "ready", "register", "reject"]
 
 
 def register(
@@ -42,6 +42,12 @@ def get(session: Session, tenant_id: str, checkpoint_id: str) -> Checkpoint:
     if row is None:
         raise NotFound(f"There is no checkpoint {checkpoint_id}. Upload one: POST /checkpoints.")
     return row
+
+
+def exists(session: Session, tenant_id: str, checkpoint_id: str) -> bool:
+    """Whether a caller has that checkpoint."""
+    found = select(Checkpoint.id).where(Checkpoint.tenant_id == tenant_id, Checkpoint.id == checkpoint_id)
+    return session.scalar(found) is not None
 
 
 def ready(session: Session, tenant_id: str, checkpoint_id: str) -> Checkpoint:

@@ -19,7 +19,9 @@ import httpx
 import psutil
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
+import api.checkpoints
 from api.app import create_app
 from services import checkpoints, object_keys
 from services.database import Database
@@ -33,10 +35,12 @@ MIB = 2**20
 LARGE = 300 * MIB
 ALLOWED_GROWTH = 80 * MIB  # a part of 8 MiB, its copy for the store, and their like in flight; not the file
 PATIENCE_SECONDS = 10.0
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 
 
-def safetensors(payload: bytes = b"\0" * 16) -> bytes:
+def safetensors(payload: bytes = b"\0" * 16, *, header_bytes: int = 0) -> bytes:
     header = json.dumps({"w": {"dtype": "U8", "shape": [len(payload)], "data_offsets": [0, len(payload)]}}).encode()
+    header = header.ljust(header_bytes)
     return struct.pack("<Q", len(header)) + header + payload
 
 
@@ -56,7 +60,9 @@ def prefix(caller: Caller) -> str:
 
 
 @pytest.mark.parametrize(
-    "data", [safetensors(), torch_zip(), b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."], ids=["safetensors", "zip", "old"]
+    "data",
+    [safetensors(), torch_zip(), safetensors(header_bytes=0x0280)],
+    ids=["safetensors", "zip", "safetensors whose length looks like a pickle"],
 )
 def test_upload_is_stored_and_queued_for_validation(
     client: httpx.Client, storage: ObjectStorage, caller: Caller, database: Database, data: bytes
@@ -90,6 +96,7 @@ def test_upload_is_stored_and_queued_for_validation(
         (struct.pack("<Q", 1000) + b'{"a": 1}', "not-a-checkpoint"),
         (safetensors()[:7], "not-a-checkpoint"),
         (b"PK\x05\x06" + b"\0" * 18, "not-a-checkpoint"),
+        (LEGACY, "not-a-checkpoint"),
     ],
 )
 def test_file_that_cannot_be_a_checkpoint_is_refused_and_not_kept(
@@ -100,6 +107,37 @@ def test_file_that_cannot_be_a_checkpoint_is_refused_and_not_kept(
     assert (answer.status_code, answer.json()["type"]) == (422, f"urn:forgetd:problem:{slug}")
     assert storage.keys(prefix(caller)) == []
     assert client.get("/checkpoints").json()["items"] == []
+
+
+def test_file_of_an_old_torch_is_refused_with_the_way_out(client: httpx.Client) -> None:
+    answer = client.post("/checkpoints", content=LEGACY, headers=BINARY)
+
+    assert "save it again with torch >= 1.6 (zip format) or as safetensors" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_file_goes_after_a_database_error_only_if_no_row_names_it(
+    settings: Settings,
+    api_key: NewKey,
+    storage: ObjectStorage,
+    caller: Caller,
+    serve: Callable[..., httpx.Client],
+    monkeypatch: pytest.MonkeyPatch,
+    committed: bool,
+) -> None:
+    register = api.checkpoints._register
+
+    def unlucky(*arguments: Any) -> Any:
+        if committed:
+            register(*arguments)
+        raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
+
+    monkeypatch.setattr(api.checkpoints, "_register", unlucky)
+
+    answer = serve(create_app(settings), api_key).post("/checkpoints", content=safetensors(), headers=BINARY)
+
+    assert answer.status_code >= 500
+    assert len(storage.keys(prefix(caller))) == committed
 
 
 @pytest.mark.parametrize("header", ["Content-Digest", "Repr-Digest"])
@@ -122,7 +160,8 @@ def test_malformed_digest_is_refused(client: httpx.Client, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["image_size=1", "n_bits=9", "family=unknown", "name=", "name=%00", "name=a%0Ab", "surplus=1"]
+    "query",
+    ["image_size=1", "image_size=1025", "n_bits=9", "family=unknown", "name=", "name=%00", "name=a%0Ab", "surplus=1"],
 )
 def test_invalid_declaration_is_refused(client: httpx.Client, query: str) -> None:
     answer = client.post(f"/checkpoints?{query}", content=safetensors(), headers=BINARY)

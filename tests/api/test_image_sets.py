@@ -17,9 +17,13 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
+import api.image_sets
+from api.app import create_app
 from services import object_keys
 from services.database import Database
+from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tables import ImageSet
 from services.tenancy import Caller, NewKey
@@ -340,6 +344,32 @@ def test_idempotency_key_keeps_one_set(
     assert again.content == first.content
     assert other.json()["type"] == "urn:forgetd:problem:idempotency-key-reused"
     assert len(storage.keys(f"{object_keys.tenant_prefix(caller.tenant_id)}image-sets/")) == 1
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_set_goes_after_a_database_error_only_if_it_is_not_complete(
+    settings: Settings,
+    api_key: NewKey,
+    image_files: Files,
+    storage: ObjectStorage,
+    caller: Caller,
+    serve: Callable[..., httpx.Client],
+    monkeypatch: pytest.MonkeyPatch,
+    committed: bool,
+) -> None:
+    complete = api.image_sets._complete
+
+    def unlucky(*arguments: Any) -> Any:
+        if committed:
+            complete(*arguments)
+        raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
+
+    monkeypatch.setattr(api.image_sets, "_complete", unlucky)
+
+    answer = serve(create_app(settings), api_key).post("/image-sets", files=image_files(picture()))
+
+    assert answer.status_code >= 500
+    assert len(storage.keys(f"{object_keys.tenant_prefix(caller.tenant_id)}image-sets/")) == committed
 
 
 def test_erasing_takes_every_image_now_and_twice_is_as_once(
