@@ -1,7 +1,7 @@
 # The gateway and the control loop; `forgetd migrate` too. No torch, no model code.
 #
 #   docker build -t forgetd .
-#   gateway:       docker run forgetd
+#   gateway:       docker run --memory 2560m --stop-timeout 30 forgetd
 #   control loop:  docker run forgetd python -m worker.control
 #   migrations:    docker run forgetd forgetd migrate
 FROM python:3.11-slim
