@@ -137,7 +137,8 @@ def _still_read() -> ColumnElement[bool]:
 
 def _names(*role: str) -> ColumnElement[bool]:
     """Whether a job's request names the set in that role."""
-    return Job.request[(*role, "images")].astext == ImageSet.id
+    named: ColumnElement[bool] = Job.request[(*role, "images")].astext == ImageSet.id
+    return named
 
 
 def erase_now(session: Session, storage: ObjectStorage, caller: Caller, image_set_id: str) -> ImageSet:
