@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     control_interval_seconds: float = Field(default=0.2, gt=0)
     cancel_grace_seconds: float = Field(default=10.0, gt=0, description="SIGTERM to SIGKILL of a cancelled runner")
     drain_grace_seconds: float = Field(default=45.0, gt=0, description="SIGTERM to SIGKILL of a draining runner")
+    runner_silence_seconds: float = Field(default=3600.0, gt=0, description="a runner that says nothing is killed")
     infrastructure_budget: int = Field(default=5, ge=0, description="lost attempts before a job fails")
     out_of_memory_budget: int = Field(default=2, ge=0, description="retries at half the micro-batch each")
     import_memory_bytes: int = Field(default=8 * GIB, gt=0, description="address space of the converter, over its base")

@@ -17,7 +17,7 @@ from worker import publication
 from worker.process import Malformed
 from worker.publication import Artifact
 
-__all__ = ["INTERRUPTED_STATUS", "Ending", "classify", "problem"]
+__all__ = ["INTERRUPTED_STATUS", "Ending", "classify", "internal", "problem"]
 
 OUT_OF_MEMORY_STATUS = 71
 INTERRUPTED_STATUS = 75
@@ -96,14 +96,14 @@ def classify(
 ) -> Ending:
     """What the runner's last words and its exit status mean."""
     if malformed is not None:
-        return _internal(f"The runner broke its contract: {malformed}.")
+        return internal(f"The runner broke its contract: {malformed}.")
     if error is not None:
         return _from_error(claim, settings, error)
     if result is not None:  # its last word; a crash on the way out (drivers do that) takes nothing back
         try:
             return _from_result(claim, result, folder)
         except Malformed as broken:
-            return _internal(f"The runner broke its contract: {broken}.")
+            return internal(f"The runner broke its contract: {broken}.")
     if status == OUT_OF_MEMORY_STATUS or (status == -signal.SIGKILL and oom_kill):
         return _out_of_memory(claim, settings)
     return Ending("lost", why=f"signal {-status}" if status < 0 else f"exit {status}")
@@ -140,7 +140,7 @@ def _from_error(claim: Claim, settings: Settings, error: dict[str, Any]) -> Endi
         return _out_of_memory(claim, settings)
     if reason == "user_error" and isinstance(told, dict):
         return Ending.failed("user_error", told)
-    return _internal("The runner met an error of its own; its place is in the worker's log.")
+    return internal("The runner met an error of its own; its place is in the worker's log.")
 
 
 def _out_of_memory(claim: Claim, settings: Settings) -> Ending:
@@ -158,5 +158,6 @@ def _out_of_memory(claim: Claim, settings: Settings) -> Ending:
     )
 
 
-def _internal(detail: str) -> Ending:
+def internal(detail: str) -> Ending:
+    """A defect of ours, or of the runner: for good, since the next attempt would meet it again."""
     return Ending.failed("internal", problem("internal", "forgetd made a mistake", detail))

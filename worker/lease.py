@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
+
 from services import leases
 from services.database import Database
 from services.leases import Claim
@@ -138,7 +141,16 @@ class LeaseKeeper:
         claim = self._claim
         with self._database.transaction() as session:
             answer = leases.renew(session, claim.job_id, claim.token, ttl_seconds=self._ttl)
-            if answer != "lost":
-                for note in notes:
-                    leases.record_progress(session, claim, phase=note.phase, progress=note.progress)
+            if answer != "lost" and notes:
+                self._write(session, notes)
         return answer
+
+    def _write(self, session: Session, notes: list[_Note]) -> None:
+        """In a transaction within the renewal's: progress that the database refuses must not cost the lease."""
+        try:
+            with session.begin_nested():
+                for note in notes:
+                    leases.record_progress(session, self._claim, phase=note.phase, progress=note.progress)
+        except DataError as error:
+            kind = type(error.orig).__name__
+            logger.warning("%s attempt %d: odd progress left out (%s)", self._claim.job_id, self._claim.attempt, kind)

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import DataError
+
 from services import leases, object_keys
 from services.database import Database
 from services.leases import Claim
 from services.settings import Settings
 from services.storage import ObjectStorage
 from worker import inputs, memory, publication
-from worker.endings import INTERRUPTED_STATUS, Ending, classify, problem
+from worker.endings import INTERRUPTED_STATUS, Ending, classify, internal, problem
 from worker.lease import LeaseKeeper
 from worker.patience import GaveUp, database_away, patiently, store_away
 from worker.process import RUNNER_COMMAND, Malformed, RunnerProcess, runner_environment
@@ -145,8 +147,17 @@ class Supervisor:
                     leases.record_progress(session, claim, phase=phase, progress=progress)
                 return ending.write(session, claim, self._settings) or self._already(session, claim, ending)
 
+        def settle() -> str:
+            return patiently(once, away=database_away, going_on=going_on, what=f"{claim.job_id}: ending")
+
         try:
-            outcome = patiently(once, away=database_away, going_on=going_on, what=f"{claim.job_id}: ending")
+            try:
+                outcome = settle()
+            except DataError as error:  # it would be refused again: every retry of the job would end here
+                logger.error("%s attempt %d: its end cannot be stored (%s)", *_name(claim), type(error.orig).__name__)
+                notes.clear()
+                ending = internal("The runner's last words hold something that the database refuses.")
+                outcome = settle()
         except GaveUp:
             return "unsettled"  # the reaper will find the lease expired
         if outcome == "lost":
@@ -269,12 +280,21 @@ class _Attempt:
         )
 
     def _watch(self, process: RunnerProcess, states: StateKeeper) -> None:
-        """Relay until the runner says nothing more; stop it on cancel and drain, kill it once the lease may be lost."""
+        """Relay until the runner has said its last; stop it on cancel and drain, kill it once the lease may be lost.
+
+        A runner that hangs in a driver still reads its beats: what it does not do is talk, so silence ends it too.
+        """
         kill_at: float | None = None
+        heard_at = time.monotonic()
         while not process.ended:
             message = process.next_message(POLL_SECONDS)
             if message is not None:
+                heard_at = time.monotonic()
                 self._take(message, states)
+            if time.monotonic() > heard_at + self._settings.runner_silence_seconds:
+                logger.warning("%s attempt %d: the runner said nothing for too long; killing it", *self._name())
+                process.kill()
+                return
             if not self._keeper.held:
                 logger.warning("%s attempt %d: the lease is lost; killing the runner", *self._name())
                 process.kill()
@@ -334,4 +354,8 @@ class _Attempt:
         return self._keeper.held and not self._keeper.cancel.is_set() and time.monotonic() < self._supervisor._drain_by
 
     def _name(self) -> tuple[str, int]:
-        return self._claim.job_id, self._claim.attempt
+        return _name(self._claim)
+
+
+def _name(claim: Claim) -> tuple[str, int]:
+    return claim.job_id, claim.attempt

@@ -34,7 +34,9 @@ def main() -> int:
     for step in range(start + 1, total + 1):
         time.sleep(parameters.get("step_seconds", 0.02))
         _note(trace, "step", job, step)
-        reporter.progress(step=step, total=total, eta_seconds=0.0, losses={"forget": 1.0 / step})
+        reporter.progress(
+            step=step, total=total, eta_seconds=0.0, losses={"forget" + _odd(parameters, "odd_loss"): 1.0 / step}
+        )
         stopping = stop.requested and not parameters.get("deaf")
         if stopping or step % parameters.get("state_every", 5) == 0:
             path = folder / "state" / f"{step:08d}.safetensors"
@@ -53,10 +55,17 @@ def _misbehave(parameters: dict[str, Any], job: dict[str, Any], step: int) -> No
     if step == parameters.get("babble_at"):
         os.write(_real_stdout(), b"this is no JSON\n")
         time.sleep(60)
+    if step == parameters.get("silent_at") and job["attempt"] == 1:
+        time.sleep(600)
     if step == parameters.get("crash_at"):
         raise RuntimeError("the secret name of a person")
     if step == parameters.get("out_of_memory_at") and job["micro_batch_divisor"] < parameters["fits_at_divisor"]:
         sys.exit(ExitCode.OUT_OF_MEMORY)
+
+
+def _odd(parameters: dict[str, Any], name: str) -> str:
+    """Text that no request can hold, from its escaped form."""
+    return str(json.loads(f'"{parameters.get(name, "")}"'))
 
 
 def _real_stdout() -> int:
@@ -86,7 +95,11 @@ def _result(folder: Path, job: dict[str, Any], parameters: dict[str, Any], repor
     if parameters.get("link_out"):
         (folder / "outputs" / "report.json").unlink()
         (folder / "outputs" / "report.json").symlink_to(parameters["link_out"])
-    reporter.result(parameters.get("outcome", "succeeded"), artifacts, {"verdict": "a sentence"})
+    reporter.result(
+        parameters.get("outcome", "succeeded"),
+        artifacts,
+        {"verdict": "a sentence", "odd": _odd(parameters, "odd_summary")},
+    )
     return ExitCode.REPORTED
 
 

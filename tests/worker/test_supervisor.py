@@ -9,16 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from os import kill
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import func, update
+from sqlalchemy import func, select, update
 
 from services import jobs as job_rows
 from services import leases
 from services.settings import Settings
-from services.tables import Job
+from services.tables import AuditEvent, ImageSet, Job
 from services.tenancy import Caller
 from tests.worker.helpers import Jobs, alive, eventually
+from worker import janitor
 from worker.supervisor import Supervisor
 
 LONG = {"steps": 400, "step_seconds": 0.02, "state_every": 5}
@@ -318,6 +320,43 @@ def test_babble_is_an_internal_error(supervisor: Supervisor, jobs: Jobs) -> None
     assert (outcome, jobs.row(job_id).reason) == ("failed", "internal")
 
 
+@pytest.mark.parametrize("outcome", ["succeeded", "criteria_not_met"])
+@pytest.mark.parametrize("text", [r"\u0000", r"\ud800"])
+def test_a_result_that_cannot_be_stored_ends_the_job_once(
+    supervisor: Supervisor, jobs: Jobs, caplog: pytest.LogCaptureFixture, outcome: str, text: str
+) -> None:
+    job_id = jobs.queue(steps=1, outcome=outcome, odd_summary=f"secret{text}")
+
+    ended = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert (ended, row.status, row.reason) == ("failed", "failed", "internal")
+    assert (row.attempt, row.infrastructure_losses, row.published_prefix) == (1, 0, None)
+    assert "secret" not in caplog.text
+
+
+def test_progress_that_cannot_be_stored_costs_no_lease(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue(steps=100, step_seconds=0.05, odd_loss=r"\u0000")
+
+    supervisor.run(job_id)
+
+    assert len(jobs.starts(job_id)) == 1
+    assert jobs.row(job_id).infrastructure_losses == 0
+
+
+def test_a_runner_that_hangs_in_silence_is_killed_and_counted_as_lost(
+    make_supervisor: Callable[..., Supervisor], settings: Settings, jobs: Jobs
+) -> None:
+    supervisor = make_supervisor(settings=settings.model_copy(update={"runner_silence_seconds": 3.0}))
+    job_id = jobs.queue(steps=4, state_every=2, silent_at=3)
+
+    outcomes = [supervisor.run(job_id) for _ in range(2)]
+
+    assert outcomes == ["queued", "succeeded"]
+    assert jobs.row(job_id).infrastructure_losses == 1
+    assert not alive(jobs.starts(job_id)[0]["pid"])
+
+
 def test_a_crash_is_logged_by_its_place_and_not_by_its_words(
     supervisor: Supervisor, jobs: Jobs, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -329,6 +368,36 @@ def test_a_crash_is_logged_by_its_place_and_not_by_its_words(
     assert outcome == "queued"
     assert "RuntimeError" in caplog.text
     assert "secret name" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "behaviour", [{}, {"crash_at": 1}, {"babble_at": 1}, {"odd_summary": r"\u0000"}, {"link_out": "/etc/hostname"}]
+)
+def test_logs_events_audit_and_problem_tell_nothing_of_the_caller(
+    supervisor: Supervisor,
+    settings: Settings,
+    jobs: Jobs,
+    caplog: pytest.LogCaptureFixture,
+    behaviour: dict[str, Any],
+) -> None:
+    image_set_id = jobs.image_set()
+    with jobs.database.transaction() as session:
+        digests = [image["sha256"] for image in session.get_one(ImageSet, image_set_id).images]
+    job_id = jobs.queue(steps=2, image_set=image_set_id, canary="Jane Example", **behaviour)
+    with jobs.database.transaction() as session:
+        row = session.get_one(Job, job_id)
+        row.request = {**row.request, "metadata": {"person": "Jane Example"}}
+
+    with caplog.at_level(logging.INFO):
+        supervisor.run(job_id)
+        janitor.sweep(jobs.database, jobs.storage)
+
+    with jobs.database.transaction() as session:
+        audit = [[row.actor, row.action, row.subject, row.data] for row in session.scalars(select(AuditEvent))]
+    told = caplog.text + repr([jobs.events(job_id), audit, jobs.row(job_id).problem])
+    assert job_id in caplog.text
+    assert len(digests) == 2
+    assert not [secret for secret in ("Jane Example", *digests) if secret in told]
 
 
 def test_a_link_out_of_the_folder_is_not_followed(supervisor: Supervisor, jobs: Jobs, tmp_path: Path) -> None:
