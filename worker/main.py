@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 SEEN_SECONDS = 3.0  # well within leases.WORKER_SILENT_SECONDS
 SEEN_AGAIN_SECONDS = 0.5  # after a fault
 EXIT_SECONDS = 10.0  # past the drain's grace, whatever still hangs is left behind
+SLOTS_HELP = (
+    "jobs at once (default: 1); more only for queues without a GPU, since all slots use the first one: "
+    "start one worker for each GPU, with CUDA_VISIBLE_DEVICES set"
+)
 
 
 class Presence(threading.Thread):
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m worker.main", description="Run jobs of the given queues.")
     parser.add_argument("--queues", required=True, help="comma-separated, such as gpu.flow,cpu.convert")
-    parser.add_argument("--slots", type=int, default=1, help="jobs at once; one for each GPU (default: 1)")
+    parser.add_argument("--slots", type=int, default=1, help=SLOTS_HELP)
     parser.add_argument("--name", help="how the worker is called in the logs (default: the host's name)")
     arguments = parser.parse_args(argv)
     queues = [queue.strip() for queue in arguments.queues.split(",") if queue.strip()]
