@@ -146,7 +146,8 @@ def image_nll(
 def density_nll(flow: Flow, x: Tensor, *, batch_size: int = BATCH) -> Tensor:
     """Negative log-density (n,) float64 on the CPU, in nats, of real-valued images x (n, c, h, w)."""
     device = device_of(flow)
-    with torch.inference_mode():
+    # Verdicts are float32 whatever the caller's autocast says.
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         starts = range(0, len(x), batch_size)
         parts = [-flow.log_prob(x[start : start + batch_size].to(device)).double().cpu() for start in starts]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -36,9 +36,9 @@ def statistics(nll: Tensor) -> Statistics:
     return Statistics(float(values.mean()), max(float(values.std()), 1e-6))
 
 
-def float32() -> torch.autocast:
+def float32(device: str) -> torch.autocast:
     """A context in which likelihoods are computed in float32 whatever the caller's autocast says."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False)
+    return torch.autocast(device, enabled=False)
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def nll_of(
     first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]
     device = first.device if isinstance(first, Tensor) else torch.device("cpu")
     total = torch.zeros(len(images), dtype=torch.float64)
-    with float32():
+    with float32(device.type):
         for _ in range(draws):
             x = dequantize(quantize(images.cpu(), n_bits), n_bits, generator)
             parts = [-flow.log_prob(part.to(device)).float().cpu() for part in torch.split(x, batch)]

@@ -37,6 +37,8 @@ SMOOTHING = 0.8
 """Decay of the running difference between tamed and base statistics."""
 SLACK = 0.25
 """In sigma_R: how far past the criterion the step's own z must be before a confirmation is tried."""
+BISECTIONS = 5
+"""Halvings of the way back to the base's weights."""
 
 
 class FastEngine:
@@ -88,18 +90,57 @@ class FastEngine:
         self._last = torch.full((self._n_forget,), -torch.inf)  # newest z of each forget image
         self._shift = torch.zeros(2, dtype=torch.float64)  # running (mu, sigma) of tamed less base, in sigma_base
         self._extra = torch.zeros((), dtype=torch.float64)  # raised target after a failed confirmation
+        self._origin = [p.detach().clone() for p in self._parameters.values()]
+        self._settled = torch.zeros((), dtype=torch.bool)  # whether the weights stand where `_settle` put them
 
     def check(self, step: int) -> bool:
-        """Whether the newest z of every forget image passes the criterion with a little slack."""
+        """Whether every forget image passes the criterion with a little slack; then takes back what it needs not."""
         del step
-        target = self._values.delta * (1 - self._values.tolerance)
-        return bool((self._last >= target + SLACK + float(self._extra)).all())
+        if bool(self._settled):
+            return True
+        return bool((self._last >= self._reach()).all()) and self._settle()
+
+    def _reach(self) -> float:
+        return self._values.delta * (1 - self._values.tolerance) + SLACK + float(self._extra)
+
+    @torch.no_grad()
+    def _settle(self) -> bool:
+        """Go back along the line to the base's weights as far as every forget image still passes on all cached noise.
+
+        Steps have momentum and overshoot, and what they overshoot by is damage. False, and nothing is changed, if
+        the images do not pass where the weights are.
+        """
+        here = [p.detach().clone() for p in self._parameters.values()]
+
+        def passes(share: float) -> bool:
+            for p, start, end in zip(self._parameters.values(), self._origin, here, strict=True):
+                p.copy_(torch.lerp(start, end, share))
+            return self._lowest() >= self._reach()
+
+        if not passes(1.0):
+            return False
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if passes(middle) else (middle, high)
+        passes(high)
+        self._settled.fill_(True)
+        return True
+
+    def _lowest(self) -> float:
+        """The smallest z of the forget images, averaged over the cached noise, under the tamed flow's statistics."""
+        now = statistics(self._suffix_nll(self._remember_h[: self._n_true], self._remember_share[: self._n_true]))
+        per_draw = (self._values.forget_variants + 1) * self._n_forget
+        rows = torch.cat([draw * per_draw + torch.arange(self._n_forget) for draw in range(self._values.noise_draws)])
+        nll = self._suffix_nll(self._forget_h[rows], self._forget_share[rows]).view(-1, self._n_forget)
+        return float(now.z(nll.double().mean(0)).min())
 
     def rejected(self, lowest: float) -> None:
         """Ask for as much more as the confirmation fell short by."""
         target = self._values.delta * (1 - self._values.tolerance)
         self._extra += max(0.05, target - lowest)
         self._last.fill_(-torch.inf)
+        self._settled.fill_(False)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         """One Adam step on forget hinge + keep loss, with D_F and D_R in one forward."""
@@ -110,7 +151,7 @@ class FastEngine:
         rows_r, true = self._keep_rows(generator)  # (r,), how many of them lead and are images of D_R themselves
         h = torch.cat([self._forget_h[rows_f], self._remember_h[rows_r]])
         share = torch.cat([self._forget_share[rows_f], self._remember_share[rows_r]])
-        with float32():
+        with float32(self._device.type):
             nll = -(share + self._suffix_log_prob(h)).float()
         nll_f, nll_r = nll[: len(rows_f)], nll[len(rows_f) :]
         nll_b = self._remember_nll[rows_r].to(nll)
@@ -156,13 +197,14 @@ class FastEngine:
             "last": self._last,
             "shift": self._shift,
             "extra": self._extra,
+            "settled": self._settled,
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of `tensors`."""
         unpack(tensors, self._parameters, self._optimiser)
         self._last, self._shift = tensors["last"].clone(), tensors["shift"].clone()
-        self._extra = tensors["extra"].clone()
+        self._extra, self._settled = tensors["extra"].clone(), tensors["settled"].clone()
 
     def _virtual(self, images: Tensor) -> list[Tensor]:
         """Images for the people whom D_R does not show: its own moved, blends of two, samples of the base."""
@@ -211,7 +253,7 @@ class FastEngine:
     def _cache(self, images: Tensor, name: str, draws: int) -> tuple[Tensor, Tensor]:
         """Prefix outputs (draws * n, ...) and their shares of log p, draw after draw."""
         outputs, shares = [], []
-        with float32():
+        with float32(self._device.type):
             for draw in range(draws):
                 x = dequantize(quantize(images.cpu(), self._n_bits), self._n_bits, stream(self._seed, name, draw))
                 for part in torch.split(x, BATCH):
@@ -223,7 +265,7 @@ class FastEngine:
 
     @torch.no_grad()
     def _suffix_nll(self, h: Tensor, share: Tensor) -> Tensor:
-        with float32():
+        with float32(self._device.type):
             parts = [
                 -(s + self._suffix_log_prob(p))
                 for p, s in zip(torch.split(h, BATCH), torch.split(share, BATCH), strict=True)
@@ -253,6 +295,7 @@ def unpack(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opti
         found = {key: value.clone() for key, value in moments.items() if value is not None}
         if found:
             optimiser.state[parameter] = {
-                key: value if key == "step" else torch.empty_like(parameter).copy_(value)  # in the weight's layout
+                # The count on the weights' device, as a fused step asks; the moments in the weights' layout.
+                key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
                 for key, value in found.items()
             }

@@ -63,7 +63,7 @@ class PaperEngine:
         x_f = self._noisy(self._forget[rows_f], generator)
         x_r = self._noisy(self._remember[rows_r], generator)
         mu, sigma = (float(value) for value in self._statistics)
-        with float32():
+        with float32(self._device.type):
             bpd_f = -self._flow.log_prob(x_f) / self._bits
             bpd_r = -self._flow.log_prob(x_r) / self._bits
             with torch.no_grad():

@@ -54,7 +54,7 @@ class TamingParameters:
     to keep people whom D_R does not show; [0, 1]. Measured."""
     forget_variants: int = 4
     """fast: augmented copies of each forget image (mirrored, moved), beside the image itself; [0, 64]. Measured."""
-    variant_target: float = 0.25
+    variant_target: float = 0.0
     """fast: share of the target that those copies are pushed to; [0, 1]. Measured."""
     forget_shift: int = 1
     """fast: how far, in pixels, those copies move each way; [0, 32]. Measured."""

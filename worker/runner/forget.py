@@ -60,6 +60,8 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         Interrupted: SIGTERM; the newest state has been reported.
     """
     began = time.monotonic()
+    # Likelihoods are differences of large numbers: no TF32 in them.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with stop.at_once():
         parameters, batch = _parameters(job)
@@ -148,7 +150,7 @@ def _read_sets(job: Mapping[str, Any], folder: Path, base: CheckpointedFlow, par
                 f"{len(near)} of the {len(remember)} images to remember show what is to be forgotten and left the set; "
                 f"{left} are left, and at least {SMALLEST_REMEMBER} are needed. Send others, or leave the set out: "
                 "then samples of the model stand in for it.",
-                pointer="/remember",
+                pointer="/remember/images",
             )
     evaluation = inputs.get("evaluation") or {}
     same, held_out = (reader.read_or_none(evaluation.get(role), role) for role in ("same_identity", "held_out"))
