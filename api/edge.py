@@ -6,6 +6,7 @@ import logging
 import secrets
 import traceback
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,10 @@ from services.errors import Internal, TooLarge
 __all__ = ["Edge", "PathOnly"]
 
 STREAMED = frozenset({("POST", "/checkpoints"), ("POST", "/image-sets")})  # these count for themselves
+# Of a body that was refused unread, so much is taken in before the answer: a close with bytes unread is a reset, which
+# can destroy the answer on its way.
+DRAIN_BYTES = 2**20
+DRAIN_SECONDS = 1.0
 logger = logging.getLogger("forgetd.api")
 
 
@@ -60,6 +65,7 @@ class _Exchange:
         self.limit = limit
         self.received = 0
         self.unread = self.announced > 0 or "transfer-encoding" in headers
+        self._withheld = "expect" in headers  # the caller sends the body only if it is asked for
         self.started = False
 
     async def receive(self) -> Message:
@@ -74,12 +80,25 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
+            await self._drain()
             headers = MutableHeaders(scope=message)
             headers.setdefault("X-Content-Type-Options", "nosniff")
             headers.setdefault("Cache-Control", "no-store")
             if self.unread:
                 headers["Connection"] = "close"  # else the server would go on reading what was refused
         await self._send(message)
+
+    async def _drain(self) -> None:
+        if not self.unread or self._withheld or self.announced > DRAIN_BYTES:
+            return
+        taken = 0
+        with anyio.move_on_after(DRAIN_SECONDS):
+            while self.unread and taken <= DRAIN_BYTES:
+                message = await self._receive()
+                if message["type"] != "http.request":
+                    return
+                taken += len(message.get("body", b""))
+                self.unread = message.get("more_body", False)
 
 
 class PathOnly(logging.Filter):

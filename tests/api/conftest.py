@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from services import checkpoints, image_sets, leases, object_keys, tenancy
 from services.database import Database
@@ -51,7 +52,7 @@ class Gateway:
 def database_url(servers: Any, template: str) -> Iterator[str]:
     """A migrated database for the folder."""
     url = make_url(servers.urls.database_url)
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)  # others restart the server
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE test_api TEMPLATE {template}"))
     yield url.set(database="test_api").render_as_string(hide_password=False)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 2
+ROUNDS = 4
 ALLOWED_RATIO = 1.3
 HEAVY = {"torch", "numpy", "celery", "redis", "alembic", "PIL", "worker", "models", "unlearning", "evidence"}
 
