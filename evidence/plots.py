@@ -157,7 +157,7 @@ def _padded(values: FloatArray) -> tuple[float, float]:
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an inline element: no prolog, no metadata, ids of its own, hidden from readers of the alt text."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # type: ignore[no-untyped-call]  # matplotlib has no types here
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import special
 
 from evidence.drift import Drift, KlEstimate, SampleHealth
 from evidence.likelihood import FloatArray
@@ -159,11 +158,6 @@ class FlowEvaluation:
     def threshold_z(self) -> float:
         """The z that every forget image must reach: delta (1 - tolerance)."""
         return self.delta * (1 - self.tolerance)
-
-    @property
-    def threshold_q(self) -> float:
-        """The Gaussian quantile of that z (Eq. 14): 1 - Phi(threshold_z)."""
-        return float(special.ndtr(-self.threshold_z))
 
     @property
     def forgotten(self) -> bool:

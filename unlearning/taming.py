@@ -7,7 +7,6 @@ noise decide that the criterion is met. The engines stand in `unlearning.taming_
 import copy
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -252,8 +251,3 @@ def _fingerprint(
         digest.update(json.dumps(list(images.shape)).encode())
         digest.update(images.cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def bits_per_dim(nll: float, images: Tensor, n_bits: int) -> float:
-    """nll in nats as bits per dimension of the quantised image, for display."""
-    return nll / (math.prod(images.shape[1:]) * math.log(2)) + n_bits
