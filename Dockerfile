@@ -17,9 +17,8 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
-# Run from the source tree, where alembic/ is; the files stay root's and the process can change none of them.
-COPY README.md LICENSE alembic.ini ./
-COPY alembic/ alembic/
+# The files stay root's and the process can change none of them.
+COPY README.md LICENSE ./
 COPY api/ api/
 COPY cli/ cli/
 COPY services/ services/

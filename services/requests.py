@@ -43,18 +43,23 @@ class Remember(_Strict):
 class FlowTamingOptions(_Strict):
     """Parameters of flow taming; what is left out takes the method's default and is spelled out in the report.
 
-    Symbols and ranges are those of ``unlearning.taming.TamingParameters`` (arXiv 2211.16488, eq. 8-12).
+    Symbols, ranges and defaults are those of ``unlearning.taming_parameters`` (arXiv 2211.16488, eq. 8-12), which this
+    room may not import; a test holds the two together.
     """
 
+    model_config = ConfigDict(strict=True)  # as the method: no "4" or true for a number, no 4.0 for a whole one
+
     engine: Literal["fast", "paper"] | None = Field(
-        None, description="fast: soonest verdict; paper: the published loop"
+        None, description="fast: soonest verdict; paper: the published loop; default fast"
     )
-    delta: float | None = Field(None, gt=0, le=10, description="how many sigma_R past mu_R a forgotten image lies (4)")
+    delta: float | None = Field(
+        None, gt=0, le=20, description="how many sigma_R past mu_R a forgotten image lies; usual are 2 to 4; default 4"
+    )
     tolerance: float | None = Field(
-        None, gt=0, lt=1, description="epsilon / delta: forgotten from delta (1 - tolerance) (0.15)"
+        None, ge=0, le=0.999, description="epsilon / delta: forgotten from delta (1 - tolerance); default 0.15"
     )
-    max_steps: int | None = Field(None, ge=1, le=100_000, description="step budget")
-    learning_rate: float | None = Field(None, gt=0, le=0.1)
+    max_steps: int | None = Field(None, ge=1, le=100_000, description="step budget; default 400, paper 800")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Adam's; default 0.002, paper 5e-05")
     micro_batch: int | None = Field(None, ge=1, le=4096, description="images in one forward pass, bounds the memory")
     fit: Literal["crop", "squash", "exact"] = Field(
         "crop", description="images of another size than the checkpoint's: centre crop, squash, or refuse"

@@ -155,6 +155,9 @@ class Job(Base):
         Index("ix_jobs_leased", "lease_until", postgresql_where=text("lease_until IS NOT NULL")),
         Index("ix_jobs_finished", "tenant_id", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND swept_at IS NULL")),
+        Index(
+            "ix_jobs_swept_early", "finished_at", postgresql_where=text("swept_at - finished_at < interval '2 days'")
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,6 @@ ROOMS = ["api", "services", "worker", "models", "unlearning", "evidence", "cli",
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def test_alembic_folder_does_not_shadow_the_library() -> None:
-    assert not (ROOT / "alembic" / "__init__.py").exists()
-
-
 @pytest.mark.parametrize("module", ["api.app", "worker.control", "worker.supervisor", "worker.main", "cli.main"])
 def test_service_processes_leave_torch_out(module: str) -> None:
     code = f"import sys, {module}; sys.exit(int(any(m in sys.modules for m in ('torch', 'numpy', 'matplotlib'))))"
@@ -25,6 +22,23 @@ def test_service_processes_leave_torch_out(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
 
     assert done.returncode == 0, f"{module} imports torch, numpy or matplotlib"
+
+
+def test_what_is_no_module_is_packaged_too() -> None:
+    """A wheel holds everything that the rooms read, such as migrations and templates."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {room for room in ROOMS if f"{room}*" in setuptools["packages"]["find"]["include"]}
+    packaged = {path for room, patterns in setuptools["package-data"].items() for path in globs(ROOT / room, patterns)}
+
+    files = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
+    loose = {path for path in files - packaged if path.suffix not in (".py", ".pyc")}
+
+    assert rooms == set(ROOMS)
+    assert loose == set()
+
+
+def globs(folder: Path, patterns: list[str]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern)}
 
 
 def test_no_eager_celery() -> None:

@@ -53,7 +53,8 @@ class LocalStack:
         start_database: Whether to run PostgreSQL.
         start_broker: Whether to run Valkey.
         start_storage: Whether to run SeaweedFS.
-        durable: False for tests: what is written survives a crash of a server, but not one of the machine.
+        durable: False for tests, whose data is small and thrown away: what is written survives a crash of a server,
+            but not one of the machine, and PostgreSQL runs no autovacuum.
     """
 
     def __init__(

@@ -6,9 +6,8 @@ Revises:
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
-
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision = "0001"
 down_revision = None
@@ -207,6 +206,13 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("finished_at IS NOT NULL AND swept_at IS NULL"),
     )
+    op.create_index(
+        "ix_jobs_swept_early",
+        "jobs",
+        ["finished_at"],
+        unique=False,
+        postgresql_where=sa.text("swept_at - finished_at < interval '2 days'"),
+    )
     op.create_table(
         "job_events",
         sa.Column("id", sa.BigInteger(), autoincrement=True, nullable=False),
@@ -238,6 +244,11 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_index("ix_job_events_job", table_name="job_events")
     op.drop_table("job_events")
+    op.drop_index(
+        "ix_jobs_swept_early",
+        table_name="jobs",
+        postgresql_where=sa.text("swept_at - finished_at < interval '2 days'"),
+    )
     op.drop_index(
         "ix_jobs_unswept", table_name="jobs", postgresql_where=sa.text("finished_at IS NOT NULL AND swept_at IS NULL")
     )
