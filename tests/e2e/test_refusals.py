@@ -73,6 +73,48 @@ def test_weights_that_cannot_be_used_are_rejected_by_name(
     assert said in _problem_of(client, path, **FACTS)["detail"]
 
 
+def _zero_scale(state: State) -> None:
+    state["module.blocks.0.flows.1.actnorm.scale"].zero_()
+
+
+def _singular(state: State) -> None:
+    state["module.blocks.1.flows.0.invconv.w_s"].fill_(-200.0)
+
+
+def _of_bytes(state: State) -> None:
+    state["module.blocks.0.flows.0.actnorm.scale"].div_(255.0)
+    state["module.blocks.0.flows.0.actnorm.loc"].mul_(255.0).sub_(127.5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "facts", "said"),
+    [
+        (_zero_scale, FACTS, "the samples of the flow hold NaN or infinity"),
+        (_singular, FACTS, "a 1x1 convolution is singular"),
+        (_of_bytes, FACTS, "or was trained on images of another scale"),
+        (None, {**FACTS, "n_bits": 1}, "n_bits = 1 is implausible"),
+    ],
+)
+def test_weights_that_load_and_make_no_usable_flow_are_rejected(
+    client: Client,
+    base: Glow,
+    tmp_path: Path,
+    damage: Callable[[State], None] | None,
+    facts: dict[str, int],
+    said: str,
+) -> None:
+    state = _published(base)
+    if damage is not None:
+        damage(state)
+    path = tmp_path / f"{damage.__name__ if damage else 'depth'}.pt"
+    torch.save(state, path)
+
+    problem = _problem_of(client, path, **facts)
+
+    assert said in problem["detail"]
+    assert problem["kind"] == "UnusableFlowError"
+
+
 class _Touch:
     """Unpickled by a careless reader, it makes a file."""
 
@@ -111,6 +153,7 @@ def test_the_authors_layout_is_converted_and_what_it_does_not_tell_is_asked_for(
     assert ready.status == "ready"
     assert ready.manifest is not None
     assert ready.manifest["architecture"] == base.architecture
+    assert ready.manifest["warnings"] == []
     assert "image_size and n_bits" in problem["detail"]
 
 

@@ -1,4 +1,4 @@
-"""Kind ``import``: a foreign checkpoint becomes one of ours, or is refused with a reason."""
+"""Kind ``import``: a foreign checkpoint becomes one of ours that a job can use, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from models.checkpoints import load_flow
 from models.convert import convert
 from models.errors import ModelError
+from models.probe import probe
 from worker.runner import sandbox
 from worker.runner.contract import Reporter, Stop
 from worker.runner.problems import UserError
@@ -18,10 +20,10 @@ WEIGHTS = "outputs/weights.safetensors"
 
 
 def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> None:
-    """Convert ``inputs/source``.
+    """Convert ``inputs/source``, and probe what it became; the manifest reported carries the probe's ``warnings``.
 
     Raises:
-        UserError: the file is refused.
+        UserError: the file is refused, or the flow in it cannot be used.
     """
     source = folder / job["inputs"]["source"]
     declared, limits = job["declared"], job["limits"]
@@ -37,6 +39,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
                 n_bits=declared.get("n_bits"),
                 family=declared.get("family"),
             )
+            warnings = probe(load_flow(folder / WEIGHTS))
         except ModelError as error:
             raise _refused(str(error), kind=type(error).__name__) from error
         except sandbox.CpuTimeSpent as error:
@@ -53,7 +56,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     reporter.result(
         "succeeded",
         [{"name": "weights.safetensors", "path": WEIGHTS, "media_type": "application/octet-stream"}],
-        {"manifest": dataclasses.asdict(manifest)},
+        {"manifest": {**dataclasses.asdict(manifest), "warnings": warnings}},
     )
 
 

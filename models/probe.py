@@ -1,0 +1,152 @@
+"""Whether weights that load also make a flow that a job can use: asked of its own samples, since no image is at hand.
+
+The thresholds were measured on flows before, early in and after training, on faces and on drawings with hardly any
+greys. What may be a legitimate flow is a warning and not a refusal. What cannot be told without training images is not
+judged: a stated n_bits that is too high shifts every likelihood by a constant and changes nothing else.
+"""
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from models.errors import CheckpointError
+from models.images import dequantize, quantize, to_uint8
+from models.protocol import CheckpointedFlow
+
+SEED = 0
+TEMPERATURE = 0.7
+"""Of the samples. At 1 an outlier of a flow with affine couplings may explode although the flow is sound."""
+MAX_SAMPLES = 8
+MAX_VALUES = 2**17
+"""Pixel values of all samples together, though one is always drawn: 2 images of 3 x 128 x 128, 1 of twice the side."""
+ROUND_TRIP_TOLERANCE = 1 / 256
+"""Largest error of a pixel, in units of the image range: one level of 8 bits. Sound flows stay below 1e-4."""
+WIDE = 0.75
+"""Half of the width about 0 that most pixels of the samples must lie in; images are in [-0.5, 0.5)."""
+LEAST_IN_WIDE = 0.5
+USUAL_IN_RANGE = 0.75
+"""Share of the samples' pixels in [-0.5, 0.5) below which a warning is due; flows of black drawings go down to 0.55."""
+MOST_EXCESS = 1.0
+"""Bits per dimension above n_bits, which is the cost of uniform noise. Flows fresh from their actnorm start reach 0.3
+on noise and lie below 0 on images; weights that never saw an image lie above 1.4."""
+LEAST_BITS = -0.75
+"""Bits per dimension of the samples. Dequantised images keep a flow above 0, and so above -0.4 at this temperature."""
+
+
+class UnusableFlowError(CheckpointError):
+    """The weights load, but the flow they make has no inverse, no finite likelihood or not the stated colour depth."""
+
+
+@runtime_checkable
+class _Invertible(Protocol):
+    """A flow whose two directions can be held against each other."""
+
+    def forward(self, x: Tensor) -> tuple[Any, Tensor]: ...
+
+    def inverse(self, latents: Any) -> Tensor: ...
+
+
+@torch.no_grad()
+def probe(flow: CheckpointedFlow) -> list[str]:
+    """Draw a few images from a float32 flow and hold them against what every job relies on.
+
+    The samples are also brought to images as a job reads them: clipped to [-0.5, 0.5), rounded to n_bits, dequantised.
+    Medians decide, so that one odd sample does not. The seed is fixed, at most 8 images go through the flow 5 times.
+
+    Returns:
+        Warnings: what is suspicious and may yet be right; most often none.
+
+    Raises:
+        UnusableFlowError: the samples or their likelihoods are not finite; the samples lie outside of the image range;
+            an image does not survive forward and inverse to 1 / 256 of the range; or n_bits is implausible.
+    """
+    drawn = _draw(flow)  # (n, c, h, w)
+    samples = drawn[torch.isfinite(drawn).flatten(1).all(dim=1)]  # (m, c, h, w)
+    if not len(samples):
+        raise UnusableFlowError(
+            "the samples of the flow hold NaN or infinity: a scale of 0 or a singular 1x1 convolution has no inverse; "
+            "use an earlier checkpoint"
+        )
+    warnings = _check_range(samples)
+    generator = torch.Generator().manual_seed(SEED)
+    images = dequantize(quantize(to_uint8(samples, flow.n_bits), flow.n_bits), flow.n_bits, generator)
+    own, read = _bits_per_dim(flow, samples), _bits_per_dim(flow, images)
+    if not (math.isfinite(own) and math.isfinite(read)):
+        raise UnusableFlowError(
+            "the log-likelihood of the flow's own samples is not finite in float32: a scale or the diagonal of a 1x1 "
+            "convolution is too large or too small; use an earlier checkpoint"
+        )
+    if isinstance(flow, _Invertible):
+        _check_round_trip(flow, images)
+    warnings += _check_depth(own, read, flow.n_bits)
+    if len(samples) < len(drawn):
+        warnings.append(
+            f"{len(drawn) - len(samples)} of {len(drawn)} samples hold NaN or infinity; "
+            "give images to remember, since generated ones may be unusable"
+        )
+    return warnings
+
+
+def _draw(flow: CheckpointedFlow) -> Tensor:
+    count = max(1, min(MAX_SAMPLES, MAX_VALUES // math.prod(flow.image_shape)))
+    try:
+        return flow.sample(count, generator=torch.Generator().manual_seed(SEED), temperature=TEMPERATURE)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, yet missing from its __all__
+        raise UnusableFlowError(
+            "the flow cannot be sampled: a 1x1 convolution is singular, so it has no inverse; use an earlier checkpoint"
+        ) from error
+
+
+def _check_range(samples: Tensor) -> list[str]:
+    wide = float((samples.abs() <= WIDE).float().mean())
+    if wide < LEAST_IN_WIDE:
+        raise UnusableFlowError(
+            f"only {wide:.0%} of the pixels of the flow's samples lie in [-{WIDE}, {WIDE}]; images are scaled to "
+            "[-0.5, 0.5): the flow is untrained, or was trained on images of another scale; train it on this one"
+        )
+    within = float(((samples >= -0.5) & (samples < 0.5)).float().mean())
+    if within >= USUAL_IN_RANGE:
+        return []
+    return [
+        f"only {within:.0%} of the pixels of the flow's samples lie in [-0.5, 0.5), to which images are scaled; "
+        "make sure that it was trained on images of this scale"
+    ]
+
+
+def _check_round_trip(flow: _Invertible, images: Tensor) -> None:
+    back = flow.inverse(flow.forward(images)[0])
+    error = _median((back - images).abs().flatten(1).amax(dim=1))
+    if not error <= ROUND_TRIP_TOLERANCE:
+        raise UnusableFlowError(
+            f"the flow does not invert itself in float32: an image comes back {error:.2g} off, the most is "
+            f"{ROUND_TRIP_TOLERANCE:.2g} of the image range; use an earlier checkpoint"
+        )
+
+
+def _check_depth(own: float, read: float, n_bits: int) -> list[str]:
+    """Judge n_bits by bits per dimension, of the samples and of the images made of them; uniform noise costs n_bits."""
+    own, read = own + n_bits, read + n_bits
+    if own < LEAST_BITS:
+        raise UnusableFlowError(
+            f"n_bits = {n_bits} is implausible: the flow's samples have {own:.2f} bits per dimension; a flow "
+            "trained at that depth has 0 or more: state the n_bits that it was trained at"
+        )
+    said = f"images made of the flow's samples cost {read:.2f} bits per dimension, uniform noise {n_bits}"
+    if read > n_bits + MOST_EXCESS:
+        raise UnusableFlowError(
+            f"n_bits = {n_bits} is implausible or the flow untrained: {said}; state the n_bits that it was trained at, "
+            "or train it on images in [-0.5, 0.5)"
+        )
+    return [f"{said}: the flow is hardly trained, or not at this n_bits"] if read >= n_bits else []
+
+
+def _bits_per_dim(flow: CheckpointedFlow, x: Tensor) -> float:
+    """Median of -log2 of the density over [-0.5, 0.5)^d, per dimension; 0 for uniform noise."""
+    return _median(-flow.log_prob(x) / (math.prod(flow.image_shape) * math.log(2)))
+
+
+def _median(values: Tensor) -> float:
+    """The median of (n,) values, where NaN and both infinities count as largest."""
+    return float(values.nan_to_num(math.inf, math.inf, math.inf).median())
