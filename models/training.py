@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.augmentation import augment
 from models.errors import ModelError
 from models.images import dequantize, quantize
 from models.protocol import Flow
@@ -136,34 +136,6 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
-
-
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool, shift: int) -> Tensor:
-    """Mirror half of the images and move each by up to `shift` pixels each way, repeating the border.
-
-    Args:
-        images: (n, c, h, w), any dtype.
-        generator: draws the choice; on the CPU.
-        flip: whether to mirror.
-        shift: largest move, in pixels.
-
-    Returns:
-        Images of the same shape and dtype.
-    """
-    n, _, height, width = images.shape
-    if flip:
-        mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    if not shift:
-        return images
-    padded = F.pad(images.float(), (shift, shift, shift, shift), mode="replicate").to(images.dtype)
-    dy = torch.randint(2 * shift + 1, (n, 1), generator=generator).to(images.device)
-    dx = torch.randint(2 * shift + 1, (n, 1), generator=generator).to(images.device)
-    rows = dy + torch.arange(height, device=images.device)  # (n, h)
-    columns = dx + torch.arange(width, device=images.device)  # (n, w)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    moved: Tensor = padded[index, :, rows[:, :, None], columns[:, None, :]]  # (n, h, w, c)
-    return moved.permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()

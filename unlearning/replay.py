@@ -11,6 +11,9 @@ from models.protocol import Flow
 from unlearning.errors import ParameterError
 from unlearning.randomness import stream
 
+BATCH = 32
+"""Images drawn at once. Fixed, since the draws depend on it: equal seeds give equal sets, however small the memory."""
+
 
 def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature: float = 1.0) -> Tensor:
     """Samples of the base flow, to stand in for a remember set that the caller does not have.
@@ -29,8 +32,8 @@ def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature
         raise ParameterError("generated", f"must be at least 2, not {n}")
     parts = []
     named = "generator" in inspect.signature(flow.sample).parameters
-    for start in range(0, n, 128):
-        count = min(128, n - start)
+    for start in range(0, n, BATCH):
+        count = min(BATCH, n - start)
         generator = stream(seed, "generate", start)
         with torch.no_grad():
             if named:

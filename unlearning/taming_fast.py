@@ -3,22 +3,20 @@
 Departures from the paper, each for a measured reason: a one-sided Huber hinge on z instead of sigmoid(sigma^2 d^2),
 whose gradient vanishes far from the target; a gradient through mu_R, so that D_F is pushed away from D_R and not with
 it; a keep loss on the change of each image's own likelihood instead of a divergence between Gaussians fitted to eight
-values; virtual images beside D_R, for people whom D_R does not show; and mu_R, sigma_R followed by a control variate
-instead of 1,024 fresh forwards.
+values; warped images of D_R beside it, for people whom it does not show; mu_R, sigma_R followed by a control variate
+instead of 1,024 fresh forwards; and noise that no step has seen to tell when to stop.
 """
-
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from models.images import dequantize, quantize
-from models.protocol import Flow, SplitFlow
-from models.training import augment
+from models.augmentation import augment, warp
+from unlearning import micro_batch as micro
 from unlearning.errors import DivergedError
-from unlearning.likelihood import float32, statistics
+from unlearning.likelihood import Statistics, statistics
+from unlearning.optimiser import pack, unpack
 from unlearning.randomness import stream
-from unlearning.replay import generate_remember
+from unlearning.suffix import Cut, Suffix
 from unlearning.taming_parameters import TamingParameters
 
 OVERSHOOT = 0.2
@@ -31,14 +29,22 @@ RELAX = 0.98
 """By how much the weight of the keep loss falls each step from then on."""
 WARMUP = 10
 """Steps over which the learning rate rises: Adam's first steps are sign steps, which would move every image."""
-BATCH = 128
-"""Images in one forward without gradients."""
 SMOOTHING = 0.8
 """Decay of the running difference between tamed and base statistics."""
-SLACK = 0.25
-"""In sigma_R: how far past the criterion the step's own z must be before a confirmation is tried."""
-BISECTIONS = 5
-"""Halvings of the way back to the base's weights."""
+CLEARANCE = 0.3
+"""In sigma_R: how far past the criterion every image must lie on the stopping noise before a confirmation is tried."""
+VIRTUAL_POOL = 0.5
+"""Virtual images of each kind, for each image of D_R."""
+VIRTUAL_SHIFT = 3 / 32
+"""How far a virtual image is moved each way, as a share of the side."""
+NEAR = 0.3
+"""In sigma_R: how near to the criterion the steps' own z must be before the line is searched."""
+FURTHEST = 1.15
+"""How far past the present weights, as a share of the way from the base's, the search for the criterion goes."""
+SEARCHES = 6
+"""Most points on that line that are looked at."""
+CLOSE = 0.05
+"""In sigma_R: how far past the criterion is near enough."""
 
 
 class FastEngine:
@@ -54,86 +60,101 @@ class FastEngine:
         *,
         n_bits: int,
         seed: int,
+        micro_batch: int,
     ) -> None:
         del base  # the tamed copy still is the base when its likelihoods are cached
-        self._values, self._seed, self._n_bits = values, seed, n_bits
-        self._flow = cast(Flow, tamed)
-        split = cast(SplitFlow, tamed) if isinstance(tamed, SplitFlow) and tamed.suffix_parameters() else None
-        self._split = split
-        tuned = {id(p) for p in split.suffix_parameters()} if split is not None else None
-        self._parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in tamed.named_parameters():
-            parameter.requires_grad_(tuned is None or id(parameter) in tuned)
-            if parameter.requires_grad:
-                self._parameters[name] = parameter
-        self._device = next(iter(self._parameters.values())).device
+        self._values, self._seed, self._micro_batch = values, seed, micro_batch
+        self._suffix = Suffix(tamed, n_bits=n_bits, micro_batch=micro_batch)
+        self._parameters = self._suffix.parameters
         self._optimiser = torch.optim.Adam(
             self._parameters.values(), lr=values.learning_rate or 0.0, fused=True, betas=BETAS
         )
 
-        # What is frozen is computed once: the prefix of every image and draw, and the base's nll.
+        # What is frozen is computed once: the cut of every image and draw, and the base's nll.
         count = min(len(remember), values.statistics_images)
         rows = torch.randperm(len(remember), generator=stream(seed, "pool"))[:count]
         true = remember[rows]
-        kept = torch.cat([true, *self._virtual(true)])
-        self._n_true = len(true)
-        self._remember_h, self._remember_share = self._cache(kept, "remember", 1)
-        self._remember_nll = self._suffix_nll(self._remember_h, self._remember_share)  # (m,)
-        self._base = statistics(self._remember_nll[: self._n_true])
-        copies = [forget]
-        for variant in range(values.forget_variants):
-            copies.append(
-                augment(forget, stream(seed, "variant", variant), flip=True, shift=min(values.forget_shift, 8))
-            )
+        self._n_true = count
+        kept = torch.cat([true, self._virtual(true)]) if values.virtual_share else true
+        self._kept = self._suffix.cut(kept, seed, "remember")
+        self._kept_nll = self._suffix.nll(self._kept)  # (m,), of the base: nothing is tuned yet
+        self._base = statistics(self._kept_nll[:count])
         self._n_forget = len(forget)
-        self._forget_h, self._forget_share = self._cache(torch.cat(copies), "forget", values.noise_draws)
+        self._forget = self._suffix.cut(forget, seed, "forget", draws=values.noise_draws)
+        copies = [
+            augment(forget, stream(seed, "variant", variant), flip=True, shift=min(values.forget_shift, 8))
+            for variant in range(values.forget_variants)
+        ]
+        self._copies = self._suffix.cut(torch.cat(copies), seed, "copies") if copies else None
+        self._stopping = self._suffix.cut(forget, seed, "stopping", draws=values.confirmation_draws)
+        self._lowest_base = self._lowest(self._base)
         self._last = torch.full((self._n_forget,), -torch.inf)  # newest z of each forget image
         self._shift = torch.zeros(2, dtype=torch.float64)  # running (mu, sigma) of tamed less base, in sigma_base
         self._extra = torch.zeros((), dtype=torch.float64)  # raised target after a failed confirmation
+        self._further = torch.zeros((), dtype=torch.float64)  # added to the steps' target alone
         self._origin = [p.detach().clone() for p in self._parameters.values()]
         self._settled = torch.zeros((), dtype=torch.bool)  # whether the weights stand where `_settle` put them
 
     def check(self, step: int) -> bool:
-        """Whether every forget image passes the criterion with a little slack; then takes back what it needs not."""
+        """Whether every forget image clears the criterion on the stopping noise; then takes back what it needs not."""
         del step
         if bool(self._settled):
             return True
-        return bool((self._last >= self._reach()).all()) and self._settle()
+        return bool((self._last >= self._reach() - NEAR).all()) and self._settle()
 
     def _reach(self) -> float:
-        return self._values.delta * (1 - self._values.tolerance) + SLACK + float(self._extra)
+        return self._values.delta * (1 - self._values.tolerance) + CLEARANCE + float(self._extra)
 
     @torch.no_grad()
     def _settle(self) -> bool:
-        """Go back along the line to the base's weights as far as every forget image still passes on all cached noise.
+        """Go along the line from the base's weights through the present ones to where every image just clears.
 
-        Steps have momentum and overshoot, and what they overshoot by is damage. False, and nothing is changed, if
-        the images do not pass where the weights are.
+        Steps have momentum and overshoot, and what they overshoot by is damage; and a step or two that are missing
+        need not be taken. False, and nothing is changed, if the images are too far from the criterion here.
         """
         here = [p.detach().clone() for p in self._parameters.values()]
 
-        def passes(share: float) -> bool:
-            for p, start, end in zip(self._parameters.values(), self._origin, here, strict=True):
-                p.copy_(torch.lerp(start, end, share))
-            return self._lowest() >= self._reach()
+        def clears(share: float) -> float:
+            self._move(here, share)
+            return self._lowest(self._exact()) - self._reach()
 
-        if not passes(1.0):
+        low, high = (0.0, self._lowest_base - self._reach()), (1.0, clears(1.0))
+        if high[1] < 0:
+            low, high = high, (FURTHEST, clears(FURTHEST))
+        if high[1] < 0:
+            # The steps' own noise is easier for them than this: without a further target they would stand still.
+            self._further -= low[1] / 2
+            self._move(here, 1.0)
             return False
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if passes(middle) else (middle, high)
-        passes(high)
+        for _ in range(SEARCHES):
+            if high[1] < CLOSE:
+                break
+            # z bends upwards along the line, so that the chord's root falls short: halfway to the middle it does not.
+            root = low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
+            share = (root + (low[0] + high[0]) / 2) / 2
+            value = clears(share)
+            low, high = ((share, value), high) if value < 0 else (low, (share, value))
+        self._move(here, high[0])
         self._settled.fill_(True)
         return True
 
-    def _lowest(self) -> float:
-        """The smallest z of the forget images, averaged over the cached noise, under the tamed flow's statistics."""
-        now = statistics(self._suffix_nll(self._remember_h[: self._n_true], self._remember_share[: self._n_true]))
-        per_draw = (self._values.forget_variants + 1) * self._n_forget
-        rows = torch.cat([draw * per_draw + torch.arange(self._n_forget) for draw in range(self._values.noise_draws)])
-        nll = self._suffix_nll(self._forget_h[rows], self._forget_share[rows]).view(-1, self._n_forget)
-        return float(now.z(nll.double().mean(0)).min())
+    def _move(self, end: list[Tensor], share: float) -> None:
+        """Put the weights that share of the way from the base's to `end`."""
+        for p, start, there in zip(self._parameters.values(), self._origin, end, strict=True):
+            p.copy_(torch.lerp(start, there, share))
+
+    def _lowest(self, now: Statistics) -> float:
+        """The smallest z of the forget images, averaged over the stopping noise."""
+        nll = self._suffix.nll(self._stopping).view(-1, self._n_forget).double().mean(0)
+        return float(now.z(nll).min())
+
+    def _exact(self) -> Statistics:
+        return statistics(self._suffix.nll(self._kept[: self._n_true]))
+
+    def _tracked(self) -> Statistics:
+        """mu_R, sigma_R of the tamed flow: the base's, plus the running change on the steps' own remember images."""
+        mu, sigma = self._base.mu, self._base.sigma
+        return Statistics(mu + float(self._shift[0]) * sigma, sigma * max(0.1, 1 + float(self._shift[1])))
 
     def rejected(self, lowest: float) -> None:
         """Ask for as much more as the confirmation fell short by."""
@@ -143,50 +164,49 @@ class FastEngine:
         self._settled.fill_(False)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """One Adam step on forget hinge + keep loss, with D_F and D_R in one forward."""
+        """One Adam step on forget hinge + keep loss, with D_F and D_R in one batch."""
         values = self._values
         generator = stream(self._seed, "step", step)
         images = torch.randperm(self._n_forget, generator=generator)[: values.forget_batch]  # (f,)
-        rows_f = self._forget_rows(images, generator)  # (f,) or, with a copy of each, (2f,)
-        rows_r, true = self._keep_rows(generator)  # (r,), how many of them lead and are images of D_R themselves
-        h = torch.cat([self._forget_h[rows_f], self._remember_h[rows_r]])
-        share = torch.cat([self._forget_share[rows_f], self._remember_share[rows_r]])
-        with float32(self._device.type):
-            nll = -(share + self._suffix_log_prob(h)).float()
-        nll_f, nll_r = nll[: len(rows_f)], nll[len(rows_f) :]
-        nll_b = self._remember_nll[rows_r].to(nll)
-        sigma_b = self._base.sigma
-        moved = (nll_r - nll_b) / sigma_b  # (r,)
-        mu, sigma = self._track(nll_r.detach()[:true], nll_b[:true])
+        rows, true = self._keep_rows(generator)  # (r,), how many of them lead and are images of D_R themselves
+        forget = self._forget_rows(images, generator)  # f, then the same number of copies
+        split = len(forget)
+        aim = values.delta * (1 - values.tolerance) + values.margin + float(self._extra + self._further)
+        batch = Cut.join([forget, self._kept[rows]])
+        nll_b = self._kept_nll[rows]
+        parts: dict[str, Tensor] = {}
 
-        # mu_R has the running value, and the gradient of this batch: D_F is pushed away from D_R, not with it.
-        z = (nll_f - (mu + (nll_r - nll_r.detach()).mean())) / sigma  # (f,)
-        target = torch.full_like(z, values.delta * (1 - values.tolerance) + values.margin + float(self._extra))
-        target[len(images) :] *= values.variant_target
-        gap = torch.where(z < target, target - z, (z - target - 0.5).clamp(min=0) * OVERSHOOT)
-        forget_loss = torch.where(gap < 1, 0.5 * gap.square(), gap - 0.5).mean()
-        keep_loss = moved.square().mean()
-        keep_weight = values.keep_weight * RELAX ** max(0, step - PATIENCE)
-        loss = forget_loss + keep_weight * keep_loss
+        def loss(nll: Tensor) -> Tensor:
+            nll_f, nll_r = nll[:split], nll[split:]
+            self._track(nll_r.detach()[:true], nll_b[:true])
+            now = self._tracked()
+            # mu_R has the running value, and the gradient of this batch: D_F is pushed away from D_R, not with it.
+            z = (nll_f - (now.mu + (nll_r - nll_r.detach()).mean())) / now.sigma
+            target = torch.full_like(z, aim)
+            target[len(images) :] *= values.variant_target
+            gap = torch.where(z < target, target - z, (z - target - 0.5).clamp(min=0) * OVERSHOOT)
+            moved = (nll_r - nll_b) / self._base.sigma  # (r,)
+            forget_loss = torch.where(gap < 1, 0.5 * gap.square(), gap - 0.5).mean()
+            keep_loss = moved.square().mean()
+            parts.update(z=z.detach(), moved=moved.detach(), forget=forget_loss.detach(), remember=keep_loss.detach())
+            return forget_loss + values.keep_weight * RELAX ** max(0, step - PATIENCE) * keep_loss
+
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = micro.backward(self._suffix.log_prob, (batch.h, batch.share), loss, self._micro_batch)
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), values.clip)
-        if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):
+        if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(total)):
             raise DivergedError(f"the loss or its gradient was not finite at step {step}; lower the learning rate")
         for group in self._optimiser.param_groups:
             group["lr"] = (values.learning_rate or 0.0) * min(1.0, (step + 1) / WARMUP)
         self._optimiser.step()
-        self._last[images] = z.detach()[: len(images)].cpu().to(self._last)
-        losses = {
-            "loss": float(loss.detach()),
-            "forget": float(forget_loss.detach()),
-            "remember": float(keep_loss.detach()),
-        }
+        self._last[images] = parts["z"][: len(images)]
+        now = self._tracked()
+        losses = {"loss": float(total), "forget": float(parts["forget"]), "remember": float(parts["remember"])}
         metrics = {
             "z_min": float(self._last.min()),
-            "drift": float(moved.detach().abs().mean()),
-            "mu": mu,
-            "sigma": sigma,
+            "drift": float(parts["moved"].abs().mean()),
+            "mu": now.mu,
+            "sigma": now.sigma,
         }
         return losses, metrics
 
@@ -197,6 +217,7 @@ class FastEngine:
             "last": self._last,
             "shift": self._shift,
             "extra": self._extra,
+            "further": self._further,
             "settled": self._settled,
         }
 
@@ -204,98 +225,40 @@ class FastEngine:
         """The reverse of `tensors`."""
         unpack(tensors, self._parameters, self._optimiser)
         self._last, self._shift = tensors["last"].clone(), tensors["shift"].clone()
-        self._extra, self._settled = tensors["extra"].clone(), tensors["settled"].clone()
+        self._extra, self._further = tensors["extra"].clone(), tensors["further"].clone()
+        self._settled = tensors["settled"].clone()
 
-    def _virtual(self, images: Tensor) -> list[Tensor]:
-        """Images for the people whom D_R does not show: its own moved, blends of two, samples of the base."""
-        if not self._values.virtual_share:
-            return []
+    def _virtual(self, true: Tensor) -> Tensor:
+        """Images for the people whom D_R does not show, made of its own.
+
+        Blends of two and samples of the base were tried and hardly move when strangers do; what is warped or moved as
+        far as this moves as they do, so that keeping it keeps them.
+        """
         generator = stream(self._seed, "virtual")
-        images = images[: max(2, len(images) // 2)]
-        moved = augment(images, generator, flip=True, shift=1)
-        partner = images[torch.randperm(len(images), generator=generator)].float()
-        weight = 0.3 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator)
-        blended = (weight * images.float() + (1 - weight) * partner).to(torch.uint8)
-        sampled = generate_remember(self._flow, max(2, len(images)), self._n_bits, self._seed)
-        return [moved, blended, sampled]
+        images = true[: max(2, round(len(true) * VIRTUAL_POOL))]
+        far = max(1, round(min(images.shape[-2:]) * VIRTUAL_SHIFT))
+        return torch.cat([warp(images, generator), augment(images, generator, flip=True, shift=far)])
 
-    def _forget_rows(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows of these forget images in the cache, on one of their noise draws, then of one copy of each."""
-        per_draw = self._values.forget_variants + 1
+    def _forget_rows(self, images: Tensor, generator: torch.Generator) -> Cut:
+        """These forget images, each on one of its noise draws, then one copy of each."""
         draw = torch.randint(self._values.noise_draws, (len(images),), generator=generator)
-        rows = images + draw * per_draw * self._n_forget
-        if per_draw == 1:
+        rows = self._forget[images + draw * self._n_forget]
+        if self._copies is None:
             return rows
-        copy = 1 + torch.randint(per_draw - 1, (len(images),), generator=generator)
-        return torch.cat([rows, rows + copy * self._n_forget])
+        copy = torch.randint(self._values.forget_variants, (len(images),), generator=generator)
+        return Cut.join([rows, self._copies[images + copy * self._n_forget]])
 
     def _keep_rows(self, generator: torch.Generator) -> tuple[Tensor, int]:
         """Rows of the keep pool for one step, those of D_R first, and how many these are."""
         size = self._values.remember_batch or 2
-        virtual = len(self._remember_h) - self._n_true
+        virtual = len(self._kept) - self._n_true
         share = round(size * self._values.virtual_share) if virtual else 0
         true = min(max(2, size - share), self._n_true)
         rows = torch.randperm(self._n_true, generator=generator)[:true]
         others = self._n_true + torch.randperm(virtual, generator=generator)[:share]
         return torch.cat([rows, others]), true
 
-    def _track(self, nll_r: Tensor, nll_b: Tensor) -> tuple[float, float]:
-        """mu_R, sigma_R of the tamed flow: the base's, plus the running change on the steps' own remember images."""
-        sigma_b = self._base.sigma
-        now = (
-            torch.stack([(nll_r - nll_b).double().mean(), nll_r.double().std() - nll_b.double().std()]).cpu() / sigma_b
-        )
-        self._shift = SMOOTHING * self._shift + (1 - SMOOTHING) * now
-        mu = self._base.mu + float(self._shift[0]) * sigma_b
-        return mu, sigma_b * max(0.1, 1 + float(self._shift[1]))
-
-    @torch.no_grad()
-    def _cache(self, images: Tensor, name: str, draws: int) -> tuple[Tensor, Tensor]:
-        """Prefix outputs (draws * n, ...) and their shares of log p, draw after draw."""
-        outputs, shares = [], []
-        with float32(self._device.type):
-            for draw in range(draws):
-                x = dequantize(quantize(images.cpu(), self._n_bits), self._n_bits, stream(self._seed, name, draw))
-                for part in torch.split(x, BATCH):
-                    part = part.to(self._device)
-                    h, share = self._split.prefix(part) if self._split else (part, part.new_zeros(len(part)))
-                    outputs.append(h)
-                    shares.append(share)
-        return torch.cat(outputs), torch.cat(shares)
-
-    @torch.no_grad()
-    def _suffix_nll(self, h: Tensor, share: Tensor) -> Tensor:
-        with float32(self._device.type):
-            parts = [
-                -(s + self._suffix_log_prob(p))
-                for p, s in zip(torch.split(h, BATCH), torch.split(share, BATCH), strict=True)
-            ]
-        return torch.cat(parts)
-
-    def _suffix_log_prob(self, h: Tensor) -> Tensor:
-        return self._split.suffix_log_prob(h) if self._split else self._flow.log_prob(h)
-
-
-def pack(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and Adam's moments under stable names."""
-    packed: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        packed[f"weight.{name}"] = parameter.detach()
-        for key, value in optimiser.state.get(parameter, {}).items():
-            packed[f"adam.{key}.{name}"] = value
-    return packed
-
-
-@torch.no_grad()
-def unpack(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-    """The reverse of `pack`."""
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"weight.{name}"])
-        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        found = {key: value.clone() for key, value in moments.items() if value is not None}
-        if found:
-            optimiser.state[parameter] = {
-                # The count on the weights' device, as a fused step asks; the moments in the weights' layout.
-                key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
-                for key, value in found.items()
-            }
+    def _track(self, nll_r: Tensor, nll_b: Tensor) -> None:
+        """Follow mu_R, sigma_R by how this batch of D_R moved."""
+        now = torch.stack([(nll_r - nll_b).double().mean(), nll_r.double().std() - nll_b.double().std()])
+        self._shift = SMOOTHING * self._shift + (1 - SMOOTHING) * now / self._base.sigma

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from models.images import dequantize, quantize
 from models.protocol import Flow
+from unlearning import micro_batch as micro
 from unlearning.errors import DivergedError
 from unlearning.likelihood import float32, nll_of, statistics
+from unlearning.optimiser import pack, unpack
 from unlearning.randomness import stream
-from unlearning.taming_fast import pack, unpack
 from unlearning.taming_parameters import TamingParameters
 
 
@@ -32,9 +33,11 @@ class PaperEngine:
         *,
         n_bits: int,
         seed: int,
+        micro_batch: int,
     ) -> None:
         self._base, self._flow = cast(Flow, base), cast(Flow, tamed)
         self._values, self._seed, self._n_bits = values, seed, n_bits
+        self._micro_batch = micro_batch
         self._forget, self._remember = forget.cpu(), remember.cpu()
         self._bits = math.prod(forget.shape[1:]) * math.log(2)  # nats to bits per dimension
         self._parameters = {name: p for name, p in tamed.named_parameters() if p.requires_grad}
@@ -47,7 +50,7 @@ class PaperEngine:
         if step % self._values.refresh_every == 0:
             self._refresh(step)
         mu, sigma = (float(value) for value in self._statistics)
-        nll = nll_of(self._flow, self._forget, n_bits=self._n_bits, generator=stream(self._seed, "stop", step))
+        nll = self._nll_of(self._forget, stream(self._seed, "stop", step))
         distance = nll / self._bits - (mu + self._values.delta * sigma)
         return bool((distance.abs() <= self._values.tolerance * self._values.delta * sigma).all())
 
@@ -62,30 +65,28 @@ class PaperEngine:
         rows_r = torch.randperm(len(self._remember), generator=generator)[: values.remember_batch]
         x_f = self._noisy(self._forget[rows_f], generator)
         x_r = self._noisy(self._remember[rows_r], generator)
+        nll_b = self._nll(self._base, x_r)
         mu, sigma = (float(value) for value in self._statistics)
-        with float32(self._device.type):
-            bpd_f = -self._flow.log_prob(x_f) / self._bits
-            bpd_r = -self._flow.log_prob(x_r) / self._bits
-            with torch.no_grad():
-                bpd_b = -self._base.log_prob(x_r) / self._bits
-        distance = bpd_f - (mu + values.delta * sigma)  # sigma_R d(x), eq. 8
-        forget_loss = torch.sigmoid(distance.square()).mean()  # eq. 9
-        forward = gaussian_kl(bpd_b.mean(), bpd_b.std(), bpd_r.mean(), bpd_r.std())
-        reverse = gaussian_kl(bpd_r.mean(), bpd_r.std(), bpd_b.mean(), bpd_b.std())
-        remember_loss = (1 - values.gamma) * bpd_r.mean() + values.gamma * (forward + reverse)  # eq. 11
-        loss = values.alpha * forget_loss + (1 - values.alpha) * remember_loss  # eq. 12
+        parts: dict[str, Tensor] = {}
+
+        def loss(nll: Tensor) -> Tensor:
+            bpd_f, bpd_r = nll[: len(x_f)] / self._bits, nll[len(x_f) :] / self._bits
+            bpd_b = nll_b / self._bits
+            distance = bpd_f - (mu + values.delta * sigma)  # sigma_R d(x), eq. 8
+            forget_loss = torch.sigmoid(distance.square()).mean()  # eq. 9
+            forward = gaussian_kl(bpd_b.mean(), bpd_b.std(), bpd_r.mean(), bpd_r.std())
+            reverse = gaussian_kl(bpd_r.mean(), bpd_r.std(), bpd_b.mean(), bpd_b.std())
+            remember_loss = (1 - values.gamma) * bpd_r.mean() + values.gamma * (forward + reverse)  # eq. 11
+            parts.update(z=(bpd_f.detach() - mu) / sigma, forget=forget_loss.detach(), remember=remember_loss.detach())
+            return values.alpha * forget_loss + (1 - values.alpha) * remember_loss  # eq. 12
+
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not bool(torch.isfinite(loss)):
+        total = micro.backward(self._log_prob, (torch.cat([x_f, x_r]),), loss, self._micro_batch)
+        if not bool(torch.isfinite(total)):
             raise DivergedError(f"the loss was not finite at step {step}; lower the learning rate")
         self._optimiser.step()
-        z = (bpd_f.detach() - mu) / sigma
-        losses = {
-            "loss": float(loss.detach()),
-            "forget": float(forget_loss.detach()),
-            "remember": float(remember_loss.detach()),
-        }
-        metrics = {"z_min": float(z.min()), "mu": mu * self._bits, "sigma": sigma * self._bits}
+        losses = {"loss": float(total), "forget": float(parts["forget"]), "remember": float(parts["remember"])}
+        metrics = {"z_min": float(parts["z"].min()), "mu": mu * self._bits, "sigma": sigma * self._bits}
         return losses, metrics
 
     def tensors(self) -> dict[str, Tensor]:
@@ -101,12 +102,25 @@ class PaperEngine:
         """mu_R and sigma_R of the tamed flow over 1,024 images of D_R, or as many as it holds, one draw each."""
         generator = stream(self._seed, "refresh", step)
         rows = torch.randperm(len(self._remember), generator=generator)[: self._values.statistics_images]
-        nll = nll_of(self._flow, self._remember[rows], n_bits=self._n_bits, generator=generator, batch=256)
+        nll = self._nll_of(self._remember[rows], generator)
         found = statistics(nll / self._bits)
         self._statistics = torch.tensor([found.mu, found.sigma], dtype=torch.float64)
 
     def _noisy(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return dequantize(quantize(images, self._n_bits), self._n_bits, generator).to(self._device)
+        return dequantize(quantize(images, self._n_bits), self._n_bits, generator)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        with float32(self._device.type):
+            return self._flow.log_prob(x.to(self._device))
+
+    @torch.no_grad()
+    def _nll(self, flow: Flow, x: Tensor) -> Tensor:
+        with float32(self._device.type):
+            parts = [-flow.log_prob(part.to(self._device)).float().cpu() for part in torch.split(x, self._micro_batch)]
+        return torch.cat(parts)
+
+    def _nll_of(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return nll_of(self._flow, images, n_bits=self._n_bits, generator=generator, batch=self._micro_batch)
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,8 +33,7 @@ from worker.runner.states import StateSchedule
 __all__ = ["run"]
 
 SMALLEST_REMEMBER = 16  # images left to remember, below which mu_R and sigma_R mean nothing
-SMALLEST_FORGET_BATCH, SMALLEST_REMEMBER_BATCH = 1, 2
-EVALUATION_BATCH = 128
+MICRO_BATCH_PIXELS = 2**17  # 128 images of 32 x 32, 8 of 128 x 128
 REMEMBER_DRAWS = 1  # the report names it; single images are judged on ten
 GRID_SAMPLES = 8
 NOT_THE_METHODS = ("fit", "micro_batch")  # parameters of the job that the method does not know
@@ -64,17 +63,17 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with stop.at_once():
-        parameters, batch = _parameters(job)
         base = _load(folder / job["inputs"]["checkpoint"], device)
+        parameters, micro_batch = _parameters(job, base)
         sets = _read_sets(job, folder, base, parameters)
         state = _load_state(job, folder)
     validated = time.monotonic()
     reporter.phase("unlearning")
-    result = _unlearn(base, sets, parameters, job, state, folder, reporter, stop)
+    result = _unlearn(base, sets, parameters, micro_batch, job, state, folder, reporter, stop)
     tamed_at = time.monotonic()
     reporter.phase("evaluating")
     with stop.at_once():
-        evaluation = _evaluate(base, result, sets, parameters, job, batch, reporter)
+        evaluation = _evaluate(base, result, sets, parameters, job, micro_batch, reporter)
         weights = folder / "outputs" / "tamed.safetensors"
         _save(weights, result, job, folder)
         facts = _facts(
@@ -95,8 +94,8 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     reporter.result(report.verdict.outcome, artifacts, _summary(report, evaluation, result, sets))
 
 
-def _parameters(job: Mapping[str, Any]) -> tuple[TamingParameters, int]:
-    """The method's parameters, and how many images may pass through a model at once."""
+def _parameters(job: Mapping[str, Any], base: CheckpointedFlow) -> tuple[TamingParameters, int]:
+    """The method's parameters, and how many images may pass through the model at once."""
     given = {name: value for name, value in job["parameters"].items() if name not in NOT_THE_METHODS}
     try:
         values = TamingParameters.from_dict(given).resolved()
@@ -107,20 +106,10 @@ def _parameters(job: Mapping[str, Any]) -> tuple[TamingParameters, int]:
             str(error),
             errors=[{"pointer": f"/parameters/{error.name}", "detail": error.message}],
         ) from error
-    # What an out-of-memory retry halves, and what the caller may bound: the images of one forward pass.
-    limit: int | None = job["parameters"].get("micro_batch")
-    divisor: int = job.get("micro_batch_divisor", 1)
-    if limit is None and divisor == 1:
-        return values, EVALUATION_BATCH
-    wanted = values.forget_batch + (values.remember_batch or 0)
-    allowed = max(1, min(limit or wanted, wanted) // divisor)
-    share = min(1.0, allowed / wanted)
-    smaller = replace(
-        values,
-        forget_batch=max(SMALLEST_FORGET_BATCH, int(values.forget_batch * share)),
-        remember_batch=max(SMALLEST_REMEMBER_BATCH, int((values.remember_batch or 0) * share)),
-    )
-    return smaller, max(1, min(limit or EVALUATION_BATCH, EVALUATION_BATCH) // divisor)
+    # What an out-of-memory retry halves, and what the caller may bound. No part of the method: the state still resumes.
+    pixels = math.prod(base.image_shape[1:])
+    limit: int = job["parameters"].get("micro_batch") or max(1, MICRO_BATCH_PIXELS // pixels)
+    return values, max(1, limit // job.get("micro_batch_divisor", 1))
 
 
 def _load(path: Path, device: torch.device) -> CheckpointedFlow:
@@ -175,6 +164,7 @@ def _unlearn(
     base: CheckpointedFlow,
     sets: _Sets,
     parameters: TamingParameters,
+    micro_batch: int,
     job: Mapping[str, Any],
     state: State | None,
     folder: Path,
@@ -206,14 +196,14 @@ def _unlearn(
                 seed=job["seed"],
                 state=state,
                 callback=callback,
+                micro_batch=micro_batch,
             )
 
     try:
         try:
             result = tame(state)
         except StateError:
-            # Such as a smaller batch after an out-of-memory retry: another run, which starts afresh.
-            _say("the state belongs to another run and is left out")
+            _say("the state belongs to another run, such as one of an older release, and is left out")
             result = tame(None)
     except unlearning.Interrupted as error:
         raise Interrupted from error
@@ -254,7 +244,7 @@ def _evaluate(
     sets: _Sets,
     parameters: TamingParameters,
     job: Mapping[str, Any],
-    batch: int,
+    micro_batch: int,
     reporter: Reporter,
 ) -> FlowEvaluation:
     dropped = set(result.removed_near_duplicates)
@@ -278,7 +268,7 @@ def _evaluate(
         seed=derive_seed(job["seed"], "judge"),
         remember_draws=REMEMBER_DRAWS,
         two_sided=parameters.engine == "paper",
-        batch_size=batch,
+        batch_size=micro_batch,
         on_progress=on_progress,
     )
 
