@@ -44,7 +44,8 @@ containers: $(VENV)/.dev ## Dockerfiles and compose files
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec $(COMPOSE_FILES)
 	$(BIN)/compose-lint check --quiet --no-env $(COMPOSE_FILES)
 
-bench: $(VENV)/.run ## measure flow taming over all people, ours against the released recipe
+bench: $(VENV)/.run ## measure what the service adds to the library, and flow taming against the released recipe
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.taming
 
 clean: ## remove what these tasks made here (virtual environment, caches); never a data folder
