@@ -25,9 +25,10 @@ INTERRUPTED_STATUS = 75
 Kind = Literal["succeeded", "failed", "cancelled", "released", "out_of_memory", "lost", "gone"]
 
 
-def problem(slug: str, title: str, detail: str) -> dict[str, Any]:
-    """The members of a job's problem."""
-    return {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail}
+def problem(slug: str, title: str, detail: str, *, pointer: str | None = None) -> dict[str, Any]:
+    """The members of a job's problem; ``pointer`` is the place in the request that it is about, where there is one."""
+    members: dict[str, Any] = {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail}
+    return members if pointer is None else {**members, "errors": [{"pointer": pointer, "detail": detail}]}
 
 
 @dataclass(frozen=True)

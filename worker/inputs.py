@@ -24,20 +24,45 @@ WEIGHTS = "inputs/checkpoint.safetensors"
 SOURCE = "inputs/source"
 STATE = "resume/state.safetensors"
 # What the request says about the images and not about the method: it reaches the runner beside its parameters.
-ROLES = ("forget", "remember", "same_identity", "held_out")
+# Each with its place in the request.
+ROLES = {
+    "forget": "/target/images",
+    "remember": "/remember/images",
+    "same_identity": "/evaluation/same_identity/images",
+    "held_out": "/evaluation/held_out/images",
+}
+CHECKPOINT = "/checkpoint"
 
 
 class InputMissing(Exception):
-    """Something that the job needs is gone for good; the message says what, and what to do."""
+    """Something that the job needs is gone for good; the message says what, and what to do.
+
+    Args:
+        pointer: the place in the request that named it, where there was one.
+    """
+
+    def __init__(self, message: str, *, pointer: str | None) -> None:
+        super().__init__(message)
+        self.pointer = pointer
+
+
+@dataclass(frozen=True)
+class Input:
+    """An object in the store, and where in the runner's folder it belongs."""
+
+    key: str
+    path: str
+    sha256: str
+    pointer: str | None = None  # into the request; None: the service's own
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to fetch, as (key, path, sha256 or None), and the job description that refers to it."""
+    """What to fetch, and the job description that refers to it."""
 
-    files: list[tuple[str, str, str | None]] = field(default_factory=list)
+    files: list[Input] = field(default_factory=list)
     job: dict[str, Any] = field(default_factory=dict)
-    resume: tuple[str, str, str] | None = None
+    resume: Input | None = None
 
 
 def plan(session: Session, claim: Claim, settings: Settings) -> Plan:
@@ -50,7 +75,7 @@ def plan(session: Session, claim: Claim, settings: Settings) -> Plan:
         select(Checkpoint).where(Checkpoint.tenant_id == claim.tenant_id, Checkpoint.id == claim.checkpoint_id)
     )
     if checkpoint is None:
-        raise InputMissing("The job's checkpoint is not there any more.")
+        raise InputMissing("The job's checkpoint is not there any more.", pointer=CHECKPOINT)
     if claim.kind == "import":
         return _plan_import(claim, checkpoint, settings)
     return _plan_forget(session, claim, checkpoint, settings)
@@ -58,7 +83,7 @@ def plan(session: Session, claim: Claim, settings: Settings) -> Plan:
 
 def _plan_import(claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Plan:
     if checkpoint.source_key is None:
-        raise InputMissing("The uploaded file is not there any more; upload the checkpoint again.")
+        raise InputMissing("The uploaded file is not there any more; upload the checkpoint again.", pointer=None)
     job = {
         **_header(claim, settings),
         "inputs": {"source": SOURCE},
@@ -66,12 +91,12 @@ def _plan_import(claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Pl
         "digests": {"source": checkpoint.source_sha256},
         "limits": {"memory_bytes": settings.import_memory_bytes, "cpu_seconds": settings.import_cpu_seconds},
     }
-    return Plan([(checkpoint.source_key, SOURCE, checkpoint.source_sha256)], job)
+    return Plan([Input(checkpoint.source_key, SOURCE, checkpoint.source_sha256)], job)
 
 
 def _plan_forget(session: Session, claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Plan:
     if checkpoint.weights_key is None or checkpoint.weights_sha256 is None:
-        raise InputMissing("The job's checkpoint has no weights; upload it again.")
+        raise InputMissing("The job's checkpoint has no weights; upload it again.", pointer=CHECKPOINT)
     request = claim.request
     evaluation = dict(request.get("evaluation") or {})
     sets = {
@@ -80,23 +105,24 @@ def _plan_forget(session: Session, claim: Claim, checkpoint: Checkpoint, setting
         "same_identity": (evaluation.pop("same_identity", None) or {}).get("images"),
         "held_out": (evaluation.pop("held_out", None) or {}).get("images"),
     }
-    files: list[tuple[str, str, str | None]] = [(checkpoint.weights_key, WEIGHTS, checkpoint.weights_sha256)]
+    files = [Input(checkpoint.weights_key, WEIGHTS, checkpoint.weights_sha256, CHECKPOINT)]
     paths: dict[str, list[str] | None] = {}
-    for role in ROLES:
+    for role, pointer in ROLES.items():
         image_set_id = sets[role]
         if image_set_id is None:
             paths[role] = None
             continue
         entries = [
-            (
+            Input(
                 object_keys.image(claim.tenant_id, image_set_id, image["index"]),
                 f"inputs/{role}/{image['index']:06d}.png",
                 image["sha256"],
+                pointer,
             )
             for image in _images(session, claim, image_set_id, role)
         ]
         files += entries
-        paths[role] = [path for _, path, _ in entries]
+        paths[role] = [entry.path for entry in entries]
     generated = (request.get("remember") or {}).get("generated")
     resume = claim.resume
     job = {
@@ -117,7 +143,7 @@ def _plan_forget(session: Session, claim: Claim, checkpoint: Checkpoint, setting
         "digests": {"checkpoint": checkpoint.weights_sha256},
         "resume": None,
     }
-    state = None if resume is None else (resume["key"], STATE, resume["sha256"])
+    state = None if resume is None else Input(resume["key"], STATE, resume["sha256"])
     return Plan(files, job, state)
 
 
@@ -135,7 +161,8 @@ def _images(session: Session, claim: Claim, image_set_id: str, role: str) -> lis
     if row is None or row.erased_at is not None:
         raise InputMissing(
             f"The images of the {role.replace('_', ' ')} set {image_set_id} were erased before the job could read them "
-            "(they are kept for a day at most). Upload them again and send the job again."
+            "(they are kept for a day at most). Upload them again and send the job again.",
+            pointer=ROLES[role],
         )
     return row.images
 
@@ -150,29 +177,31 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path) -> bool:
         InputMissing: an object is gone, or is not what was uploaded.
     """
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
-        for done in [pool.submit(_fetch_one, storage, key, folder / path, sha) for key, path, sha in plan.files]:
+        for done in [pool.submit(_fetch_one, storage, wanted, folder) for wanted in plan.files]:
             done.result()
     if plan.resume is None:
         return False
-    key, path, sha = plan.resume
     try:
-        _fetch_one(storage, key, folder / path, sha)
+        _fetch_one(storage, plan.resume, folder)
     except InputMissing:
         return False
     return True
 
 
-def _fetch_one(storage: ObjectStorage, key: str, path: Path, sha256: str | None) -> None:
+def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path) -> None:
+    path = folder / wanted.path
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    if path.exists() and sha256 is not None and file_sha256(path) == sha256:
+    if path.exists() and file_sha256(path) == wanted.sha256:
         return
     try:
-        storage.fetch(key, path)
+        storage.fetch(wanted.key, path)
     except KeyError as error:
-        raise InputMissing("A file that the job reads is not in the store any more; upload it again.") from error
-    if sha256 is not None and file_sha256(path) != sha256:
+        told = "A file that the job reads is not in the store any more; upload it again."
+        raise InputMissing(told, pointer=wanted.pointer) from error
+    if file_sha256(path) != wanted.sha256:
         path.unlink()
-        raise InputMissing("A file that the job reads is not what was uploaded: its SHA-256 differs; upload it again.")
+        told = "A file that the job reads is not what was uploaded: its SHA-256 differs; upload it again."
+        raise InputMissing(told, pointer=wanted.pointer)
 
 
 def write_job(folder: Path, job: dict[str, Any]) -> None:

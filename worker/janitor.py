@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from botocore.exceptions import BotoCoreError, ClientError
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from services import checkpoints, idempotency, image_sets, object_keys
@@ -15,7 +15,7 @@ from services.database import Database
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, ImageSet, Job, Tenant
 
-__all__ = ["sweep", "tidy"]
+__all__ = ["sweep", "swept_early", "tidy"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,12 @@ def tidy(database: Database, storage: ObjectStorage) -> int:
 
 def _sweep_again(database: Database, storage: ObjectStorage) -> int:
     """Sweep every job again whose last sweep came too early to be behind every stale attempt of it."""
-    early = Job.swept_at < Job.finished_at + STALE_WRITERS
     with database.transaction() as session:
-        due = list(session.scalars(select(Job.id).where(early)))
+        due = list(session.scalars(select(Job.id).where(swept_early())))
     gone = 0
     for job_id in due:
         with database.transaction() as session:
-            job = session.scalar(select(Job).where(Job.id == job_id, early).with_for_update(skip_locked=True))
+            job = session.scalar(select(Job).where(Job.id == job_id, swept_early()).with_for_update(skip_locked=True))
             if job is None:
                 continue
             try:
@@ -145,6 +144,11 @@ def _sweep_again(database: Database, storage: ObjectStorage) -> int:
                 continue
             session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
     return gone
+
+
+def swept_early() -> ColumnElement[bool]:
+    """A stale attempt may have written after the last sweep. The condition of ``ix_jobs_swept_early``, in its form."""
+    return Job.swept_at - Job.finished_at < STALE_WRITERS
 
 
 def _made_at(name: str) -> datetime:

@@ -94,7 +94,10 @@ def serve(
     )
 
     def run(job_id: str) -> None:
-        supervisor.run(job_id)
+        try:
+            supervisor.run(job_id)
+        except Exception:  # not left to Celery, whose line would quote all that the exception says
+            logger.exception("%s: the supervisor failed; what it holds is left to the reaper", job_id)
 
     app = make_app(settings, run)
     presence = Presence(database, worker_id, queues, slots)

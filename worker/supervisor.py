@@ -140,24 +140,30 @@ class Supervisor:
 
         notes: list[tuple[str, dict[str, Any] | None]] = []
 
-        def once() -> str:
+        def once(ending: Ending) -> str:
             notes.extend(keeper.take_notes())
             with self._database.transaction() as session:
                 for phase, progress in notes:
                     leases.record_progress(session, claim, phase=phase, progress=progress)
                 return ending.write(session, claim, self._settings) or self._already(session, claim, ending)
 
-        def settle() -> str:
-            return patiently(once, away=database_away, going_on=going_on, what=f"{claim.job_id}: ending")
+        def settle(ending: Ending) -> str:
+            what = f"{claim.job_id}: ending"
+            return patiently(lambda: once(ending), away=database_away, going_on=going_on, what=what)
 
+        last_words = internal("The runner's last words hold something that the database refuses.")
         try:
-            try:
-                outcome = settle()
-            except DataError as error:  # it would be refused again: every retry of the job would end here
-                logger.error("%s attempt %d: its end cannot be stored (%s)", *_name(claim), type(error.orig).__name__)
-                notes.clear()
-                ending = internal("The runner's last words hold something that the database refuses.")
-                outcome = settle()
+            # What the database refuses once it would refuse again: first the progress is given up, then the ending.
+            for words in (ending, ending, last_words):
+                try:
+                    outcome = settle(words)
+                    break
+                except DataError as error:
+                    what = type(error.orig).__name__
+                    logger.error("%s attempt %d: its end cannot be stored (%s)", *_name(claim), what)
+                    notes.clear()
+            else:
+                return "unsettled"
         except GaveUp:
             return "unsettled"  # the reaper will find the lease expired
         if outcome == "lost":
@@ -199,7 +205,8 @@ class _Attempt:
         try:
             self._fetch()
         except inputs.InputMissing as error:
-            return Ending.failed("user_error", problem("input-missing", "An input of the job is gone", str(error)))
+            told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
+            return Ending.failed("user_error", told)
         except GaveUp:
             return self._interrupted()
         if not self._going_on():

@@ -39,7 +39,7 @@ def connect() -> Iterator[Callable[..., Client]]:
     clients: list[Client] = []
 
     def make(url: str, **options: Any) -> Client:
-        clients.append(Client(url, KEY, **({"patience": 5.0} | options)))
+        clients.append(Client(url, KEY, **({"patience": 30.0} | options)))
         return clients[-1]
 
     yield make

@@ -103,7 +103,7 @@ class TestRepeats:
         server = make_server(UNAVAILABLE)
 
         with pytest.raises(ServiceUnavailable) as refusal:
-            connect(server.url, patience=0.5).job("job_1")
+            connect(server.url, patience=3.0).job("job_1")
 
         assert refusal.value.retryable
         assert len(server.received) > 1

@@ -80,7 +80,7 @@ def test_a_second_service_in_the_folder_is_refused_and_harms_nothing(up: Up) -> 
     assert refused.code == 1
     assert "already running" in refused.err
     assert up.profile["url"] in refused.err
-    assert httpx.get(f"{up.profile['url']}/readyz").status_code == 200
+    assert httpx.get(f"{up.profile['url']}/readyz", timeout=20).status_code == 200
 
 
 @pytest.mark.parametrize("module", ["cli.gateway", "worker.control"])

@@ -6,25 +6,30 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import pytest
 from safetensors.torch import load_file
+from sqlalchemy import func, select
 
 from cli.client import Client
 from cli.errors import ConflictError, JobFailed
 from cli.resources import Checkpoint, Event, Job
 from cli.service import LocalService
 from models.checkpoints import load_checkpoint, read_manifest
+from services.database import Database
 from services.settings import Settings
 from services.storage import ObjectStorage
+from services.tables import Job as JobRow
 from tests.e2e.conftest import Material
 
 T = TypeVar("T")
 SEED = 11
 SECONDS = 240.0  # for whatever a condition waits for, on a loaded machine
+UNTOUCHED_SECONDS = 2.0  # past the lease; ten times what a control loop takes to see it
 # Slow on purpose: many small steps.
 SLOW = {"learning_rate": 5e-5, "max_steps": 4000}
 
@@ -61,6 +66,17 @@ def _runner_pid(job: Job) -> int | None:
     return None
 
 
+def _lease_over(service: LocalService, job: Job) -> bool:
+    """Whether any control loop that works would have taken the job back."""
+    database = Database(service.database_url, pool_size=1)
+    try:
+        with database.transaction() as session:
+            margin = func.clock_timestamp() - timedelta(seconds=UNTOUCHED_SECONDS)
+            return session.scalar(select(JobRow.lease_until < margin).where(JobRow.id == job.id)) is True
+    finally:
+        database.close()
+
+
 def _storage(service: LocalService) -> ObjectStorage:
     names = {name.removeprefix("FORGETD_").lower(): value for name, value in service.environment.items()}
     return ObjectStorage(Settings.model_validate(names))
@@ -87,29 +103,39 @@ def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
 ) -> None:
     job = _forget(client, checkpoint, material, parameters=SLOW)
 
+    def attempts() -> int:
+        return len(_events(client, job, "attempt_started"))
+
     def another_state() -> None:
         """Until the attempt at work has put a state into the store."""
-        attempts = len(_events(client, job, "attempt_started"))
         saved = len(_events(client, job, "state_saved"))
-        _until(lambda: len(_events(client, job, "state_saved")) > saved or None, f"a state of attempt {attempts}")
+        _until(lambda: len(_events(client, job, "state_saved")) > saved or None, f"a state of attempt {attempts()}")
         assert client.job(job.id).status == "running", "the job was over before the next kill"
 
     def another_attempt(since: int) -> None:
-        _until(lambda: len(_events(client, job, "attempt_started")) > since or None, "the next attempt")
+        _until(lambda: attempts() > since or None, "the next attempt")
 
     another_state()
+    before = attempts()
     os.kill(_until(lambda: _runner_pid(job), "the runner"), signal.SIGKILL)
-    another_attempt(1)
+    another_attempt(before)
     another_state()
+    # The control loop stands still and is not dead, so that nothing starts another: the job of the killed worker stays
+    # where it is, past its lease, until the loop is killed as well and a new one comes.
+    before, control = attempts(), service.pids["control"]
+    os.kill(control, signal.SIGSTOP)
     os.kill(service.pids["gpu.flow"], signal.SIGKILL)
-    another_attempt(2)
-    another_state()
-    os.kill(service.pids["control"], signal.SIGKILL)
+    _until(lambda: _lease_over(service, job) or None, "the end of the lease")
+    assert (client.job(job.id).status, attempts()) == ("running", before)
+    os.kill(control, signal.SIGKILL)
+    another_attempt(before)
     done = client.wait(job.id, timeout=SECONDS)
 
     assert done.status == "succeeded"
-    starts = _events(client, job, "attempt_started")
-    assert [event.data["resumed"] for event in starts] == [False, True, True]
+    first, *others = _events(client, job, "attempt_started")
+    assert not first.data["resumed"]
+    assert len(others) >= 2
+    assert all(event.data["resumed"] for event in others)
     assert len(_events(client, job, "succeeded")) == 1
     assert client.report(job.id)["provenance"]["resumed_from_step"] > 0
     # One publication: of all attempts, one left artifacts, and they are the published ones.
@@ -124,9 +150,9 @@ def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
     assert "/attempts/" in prefix
     # Resumed, and not only restarted: the same bits as a run that nobody disturbed.
     calm = client.wait(_forget(client, checkpoint, material, parameters=SLOW).id, timeout=SECONDS)
-    first, second = client.download(job.id, tmp_path / "a"), client.download(calm.id, tmp_path / "b")
-    assert read_manifest(first).tensor_digest == read_manifest(second).tensor_digest
-    assert load_file(first).keys() == load_file(second).keys()
+    killed, undisturbed = client.download(job.id, tmp_path / "a"), client.download(calm.id, tmp_path / "b")
+    assert read_manifest(killed).tensor_digest == read_manifest(undisturbed).tensor_digest
+    assert load_file(killed).keys() == load_file(undisturbed).keys()
 
 
 def test_without_a_remember_set_samples_of_the_base_stand_in(

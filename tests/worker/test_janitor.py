@@ -5,22 +5,22 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import uuid_utils
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from services import object_keys
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, IdempotencyRecord, ImageSet, Job
-from tests.worker.helpers import Jobs
+from tests.worker.helpers import Jobs, eventually
 from worker import janitor
 from worker.supervisor import Supervisor
 
 
 def test_an_ended_job_keeps_its_publication_alone(supervisor: Supervisor, jobs: Jobs) -> None:
-    job_id = jobs.queue(steps=10)
-    supervisor.run(job_id)
+    job_id = jobs.queue(steps=5, state_every=5)
+    assert supervisor.run(job_id) == "succeeded"
     stale = object_keys.attempt_prefix(jobs.tenant_id, job_id, 999_999)
     jobs.storage.put(stale + "tamed.safetensors", b"of a zombie", media_type="application/octet-stream")
-    assert any(key.startswith("state/") for key in jobs.keys(job_id))
+    eventually(lambda: any(key.startswith("state/") for key in jobs.keys(job_id)))
 
     janitor.sweep(jobs.database, jobs.storage)
 
@@ -40,8 +40,8 @@ def late_state(jobs: Jobs, job_id: str) -> None:
 
 
 def test_what_a_stale_attempt_writes_behind_the_sweep_is_found_again(supervisor: Supervisor, jobs: Jobs) -> None:
-    job_id = jobs.queue(steps=10)
-    supervisor.run(job_id)
+    job_id = jobs.queue(steps=1)
+    assert supervisor.run(job_id) == "succeeded"
     janitor.sweep(jobs.database, jobs.storage)
     published = jobs.keys(job_id)
     late_state(jobs, job_id)
@@ -54,7 +54,7 @@ def test_what_a_stale_attempt_writes_behind_the_sweep_is_found_again(supervisor:
 
 def test_a_sweep_two_days_after_the_end_is_the_last(supervisor: Supervisor, jobs: Jobs) -> None:
     job_id = jobs.queue(steps=1)
-    supervisor.run(job_id)
+    assert supervisor.run(job_id) == "succeeded"
     janitor.sweep(jobs.database, jobs.storage)
     with jobs.database.transaction() as session:
         session.get_one(Job, job_id).finished_at = datetime.now(UTC) - timedelta(days=3)
@@ -65,6 +65,16 @@ def test_a_sweep_two_days_after_the_end_is_the_last(supervisor: Supervisor, jobs
     assert any(key.endswith("00000005.safetensors") for key in jobs.keys(job_id))
 
 
+def test_what_was_swept_early_is_found_by_its_index(jobs: Jobs) -> None:
+    question = select(Job.id).where(janitor.swept_early()).compile(jobs.database.engine)
+
+    with jobs.database.transaction() as session:
+        session.execute(text("SET LOCAL enable_seqscan = off"))  # an empty table is read whole, however it is indexed
+        plan = session.connection().exec_driver_sql(f"EXPLAIN {question}", question.params).scalars().all()
+
+    assert "ix_jobs_swept_early" in "\n".join(plan)
+
+
 def test_the_forgotten_images_are_erased_once_the_job_ended(supervisor: Supervisor, jobs: Jobs) -> None:
     image_set_id = jobs.image_set()
     job_id = jobs.queue(steps=1, image_set=image_set_id)
@@ -72,7 +82,7 @@ def test_the_forgotten_images_are_erased_once_the_job_ended(supervisor: Supervis
     janitor.sweep(jobs.database, jobs.storage)
     assert jobs.storage.keys(prefix)
 
-    supervisor.run(job_id)
+    assert supervisor.run(job_id) == "succeeded"
     janitor.sweep(jobs.database, jobs.storage)
 
     assert jobs.storage.keys(prefix) == []

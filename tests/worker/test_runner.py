@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from models import Glow, load_checkpoint, save_checkpoint, save_png
 from services import jobs as job_rows
@@ -92,6 +94,13 @@ class RealJobs:
             )
         return image_set_id
 
+    def digests(self, image_set_id: str) -> list[str]:
+        """SHA-256 of each image of a set, in hex: of its file and of its pixels."""
+        prefix = object_keys.image_set_prefix(self.caller.tenant_id, image_set_id)
+        files = [self.storage.read(key) for key in self.storage.keys(prefix)]
+        pixels = [Image.open(io.BytesIO(file)).tobytes() for file in files]
+        return [hashlib.sha256(data).hexdigest() for data in (*files, *pixels)]
+
     def forget(self, checkpoint_id: str, images: str, **request: Any) -> str:
         """A queued forget job."""
         job_id = new_id("job")
@@ -134,9 +143,11 @@ def test_a_checkpoint_is_imported_and_then_tamed(
     checkpoint_id, import_id = real.upload(base_file.read_bytes())
     assert real_supervisor.run(import_id) == "succeeded"
 
+    photos = real.images(3)
+    digests = real.digests(photos)
     job_id = real.forget(
         checkpoint_id,
-        real.images(3),
+        photos,
         parameters={"fit": "crop", "delta": 0.1, "max_steps": 30},
         evaluation={"sample_grid": True},
     )
@@ -152,6 +163,10 @@ def test_a_checkpoint_is_imported_and_then_tamed(
     report = json.loads(real.storage.read(prefix + "report.json"))
     assert report["verdict"]["outcome"] == "succeeded"
     assert (row.summary or {})["verdict"] == report["verdict"]["sentence"]
+    # Whoever holds a photo could tell from its digest that it was among the forgotten.
+    told = [real.storage.read(prefix + name).decode() for name in ("report.json", "report.html", "manifest.json")]
+    assert (row.artifacts or [])[0]["sha256"] in told[2]
+    assert not [digest for digest in digests for text in told if digest in text.lower()]
 
 
 def test_a_refused_checkpoint_is_a_problem_of_its_owner(

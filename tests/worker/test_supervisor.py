@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from os import kill
@@ -15,22 +15,30 @@ import pytest
 from sqlalchemy import func, select, update
 
 from services import jobs as job_rows
-from services import leases
+from services import leases, object_keys
 from services.settings import Settings
 from services.tables import AuditEvent, ImageSet, Job
 from services.tenancy import Caller
-from tests.worker.helpers import Jobs, alive, eventually
+from tests.worker.helpers import PATIENCE_SECONDS, Jobs, alive, eventually
 from worker import janitor
 from worker.supervisor import Supervisor
 
-LONG = {"steps": 400, "step_seconds": 0.02, "state_every": 5}
+LONG = {"steps": 100_000, "step_seconds": 0.02, "state_every": 5}  # until it is stopped
 
 
 @pytest.fixture
-def in_background() -> Callable[[Supervisor, str], Future[str]]:
-    """Runs a job in a thread."""
-    pool = ThreadPoolExecutor(4)
-    return lambda supervisor, job_id: pool.submit(supervisor.run, job_id)
+def in_background() -> Iterator[Callable[[Supervisor, str], Future[str]]]:
+    """Runs a job in a thread; what is still at work when the test ends is handed back."""
+    used: list[Supervisor] = []
+
+    def run(supervisor: Supervisor, job_id: str) -> Future[str]:
+        used.append(supervisor)
+        return pool.submit(supervisor.run, job_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        yield run
+        for supervisor in used:
+            supervisor.start_draining()
 
 
 def cancel(jobs: Jobs, caller: Caller, job_id: str) -> None:
@@ -90,7 +98,7 @@ def test_the_runner_sees_no_credential(
     environment = Path(f"/proc/{jobs.starts(job_id)[0]['pid']}/environ").read_bytes()
 
     supervisor.start_draining()
-    done.result(20)
+    done.result(PATIENCE_SECONDS)
     assert b"FORGETD" not in environment
     assert b"AWS" not in environment
     assert b"secret" not in environment
@@ -99,14 +107,15 @@ def test_the_runner_sees_no_credential(
 def test_scratch_is_private_and_gone_afterwards(
     supervisor: Supervisor, settings: Settings, jobs: Jobs, in_background: Callable[..., Future[str]]
 ) -> None:
-    job_id = jobs.queue(steps=30)
+    job_id = jobs.queue(**LONG)
     done = in_background(supervisor, job_id)
     eventually(jobs.at_step(job_id, 1))
 
     [folder] = settings.scratch_dir.glob("worker-*/job_*")
     modes = [path.stat().st_mode & 0o077 for path in (settings.scratch_dir, folder.parent, folder)]
 
-    done.result(20)
+    supervisor.start_draining()
+    done.result(PATIENCE_SECONDS)
     assert modes == [0, 0, 0]
     assert not folder.exists()
 
@@ -124,7 +133,7 @@ def test_a_drain_consumes_no_attempt_and_the_next_one_resumes(
 
     first.start_draining()
 
-    assert done.result(20) == "queued"
+    assert done.result(PATIENCE_SECONDS) == "queued"
     row = jobs.row(job_id)
     assert (row.attempt, row.infrastructure_losses) == (0, 0)
     stopped_at = (row.resume or {})["step"]
@@ -134,7 +143,7 @@ def test_a_drain_consumes_no_attempt_and_the_next_one_resumes(
     eventually(lambda: len(jobs.starts(job_id)) == 2)
     assert jobs.starts(job_id)[1]["step"] == stopped_at
     second.start_draining()
-    done.result(20)
+    done.result(PATIENCE_SECONDS)
 
 
 def test_a_draining_worker_claims_nothing(supervisor: Supervisor, jobs: Jobs) -> None:
@@ -177,7 +186,7 @@ def test_only_the_newest_state_is_kept(
     eventually(lambda: ((jobs.row(job_id).resume or {}).get("step") or 0) >= 20)
 
     supervisor.start_draining()
-    done.result(20)
+    done.result(PATIENCE_SECONDS)
 
     states = [key for key in jobs.keys(job_id) if key.startswith("state/")]
     assert len(states) == 1
@@ -196,7 +205,7 @@ def test_a_cancelled_job_ends_and_publishes_nothing(
 
     cancel(jobs, caller, job_id)
 
-    assert done.result(20) == "cancelled"
+    assert done.result(PATIENCE_SECONDS) == "cancelled"
     assert jobs.row(job_id).published_prefix is None
     assert not alive(jobs.starts(job_id)[0]["pid"])
 
@@ -204,13 +213,13 @@ def test_a_cancelled_job_ends_and_publishes_nothing(
 def test_a_runner_that_ignores_the_cancel_is_killed(
     supervisor: Supervisor, jobs: Jobs, caller: Caller, in_background: Callable[..., Future[str]]
 ) -> None:
-    job_id = jobs.queue(**{**LONG, "steps": 100_000}, deaf=True)
+    job_id = jobs.queue(**LONG, deaf=True)
     done = in_background(supervisor, job_id)
     eventually(jobs.at_step(job_id, 1))
 
     cancel(jobs, caller, job_id)
 
-    assert done.result(20) == "cancelled"
+    assert done.result(PATIENCE_SECONDS) == "cancelled"
     assert not alive(jobs.starts(job_id)[0]["pid"])
 
 
@@ -226,7 +235,7 @@ def test_an_attempt_whose_lease_was_taken_publishes_nothing(
     reap(jobs, job_id)
     second = in_background(make_supervisor(), job_id)
 
-    outcomes = first.result(30), second.result(30)
+    outcomes = first.result(PATIENCE_SECONDS), second.result(PATIENCE_SECONDS)
 
     assert outcomes == ("lost", "succeeded")
     row = jobs.row(job_id)
@@ -244,7 +253,7 @@ def test_the_runner_is_killed_when_the_lease_was_taken(
 
     reap(jobs, job_id)
 
-    assert done.result(20) == "lost"
+    assert done.result(PATIENCE_SECONDS) == "lost"
     assert not alive(jobs.starts(job_id)[0]["pid"])
 
 
@@ -335,19 +344,42 @@ def test_a_result_that_cannot_be_stored_ends_the_job_once(
     assert "secret" not in caplog.text
 
 
-def test_progress_that_cannot_be_stored_costs_no_lease(supervisor: Supervisor, jobs: Jobs) -> None:
-    job_id = jobs.queue(steps=100, step_seconds=0.05, odd_loss=r"\u0000")
+def test_progress_that_cannot_be_stored_costs_no_lease(
+    supervisor: Supervisor,
+    jobs: Jobs,
+    caplog: pytest.LogCaptureFixture,
+    in_background: Callable[..., Future[str]],
+) -> None:
+    job_id = jobs.queue(**LONG, odd_loss=r"\u0000")
+    in_background(supervisor, job_id)
 
-    supervisor.run(job_id)
+    eventually(lambda: "odd progress left out" in caplog.text)
 
-    assert len(jobs.starts(job_id)) == 1
+    before = jobs.row(job_id).lease_until
+    assert before is not None
+    eventually(lambda: (jobs.row(job_id).lease_until or before) > before)
+
+
+def test_progress_that_cannot_be_stored_does_not_end_a_job_that_is_drained(
+    supervisor: Supervisor,
+    jobs: Jobs,
+    caplog: pytest.LogCaptureFixture,
+    in_background: Callable[..., Future[str]],
+) -> None:
+    job_id = jobs.queue(**LONG, odd_loss=r"\u0000")
+    ended = in_background(supervisor, job_id)
+    eventually(lambda: "odd progress left out" in caplog.text)
+
+    supervisor.start_draining()
+
+    assert ended.result(60) == "queued"
     assert jobs.row(job_id).infrastructure_losses == 0
 
 
 def test_a_runner_that_hangs_in_silence_is_killed_and_counted_as_lost(
     make_supervisor: Callable[..., Supervisor], settings: Settings, jobs: Jobs
 ) -> None:
-    supervisor = make_supervisor(settings=settings.model_copy(update={"runner_silence_seconds": 3.0}))
+    supervisor = make_supervisor(settings=settings.model_copy(update={"runner_silence_seconds": 5.0}))
     job_id = jobs.queue(steps=4, state_every=2, silent_at=3)
 
     outcomes = [supervisor.run(job_id) for _ in range(2)]
@@ -416,8 +448,21 @@ def test_erased_images_are_a_problem_of_the_caller(supervisor: Supervisor, jobs:
     outcome = supervisor.run(job_id)
 
     row = jobs.row(job_id)
+    problem = row.problem or {}
     assert (outcome, row.reason) == ("failed", "user_error")
-    assert (row.problem or {})["type"] == "urn:forgetd:problem:input-missing"
+    assert problem["type"] == "urn:forgetd:problem:input-missing"
+    assert problem["errors"] == [{"pointer": "/target/images", "detail": problem["detail"]}]
+
+
+def test_weights_that_are_gone_from_the_store_are_pointed_at(supervisor: Supervisor, jobs: Jobs) -> None:
+    job_id = jobs.queue()
+    jobs.storage.erase(object_keys.checkpoint_prefix(jobs.tenant_id, jobs.checkpoint_id))
+
+    outcome = supervisor.run(job_id)
+
+    row = jobs.row(job_id)
+    assert (outcome, row.reason) == ("failed", "user_error")
+    assert [error["pointer"] for error in (row.problem or {})["errors"]] == ["/checkpoint"]
 
 
 def test_a_runner_that_was_stopped_from_outside_hands_its_job_back(
@@ -429,5 +474,5 @@ def test_a_runner_that_was_stopped_from_outside_hands_its_job_back(
 
     kill(jobs.starts(job_id)[0]["pid"], signal.SIGTERM)
 
-    assert done.result(20) == "queued"
+    assert done.result(PATIENCE_SECONDS) == "queued"
     assert jobs.row(job_id).resume is not None
