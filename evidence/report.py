@@ -41,6 +41,8 @@ LIMITATIONS = (
     "themselves the quantile drop is near zero by construction: read damage from drift and divergence.",
     "Intervals cover the choice of images, taken as independent. Several pictures of one person are not, so the truth "
     "is wider; the error of mu_R and sigma_R is not included.",
+    "mu_R and sigma_R come from the images to remember, which the method saw; people it never saw may lie elsewhere, "
+    "as far as the row D_R^id shows. Each row names its noise draws: with one, read the set and not its single images.",
     "Gaussian quantiles below 1 / (n + 1) extrapolate beyond what n images can confirm.",
     "Resistance to an attack was not tested: a short re-training on the forgotten images might bring them back. The "
     "base checkpoint, its copies and earlier samples still hold what they held.",
@@ -62,7 +64,7 @@ class RunFacts:
         parameters: the method's parameters as used.
         defaults: the method's defaults; a parameter without one is shown as changed.
         seeds: by purpose. The evaluation's is added.
-        digests: by object, such as base_checkpoint, tamed_checkpoint, forget_set_commitment, remember_set.
+        digests: by object, such as base_checkpoint, tamed_checkpoint, remember_set; never of a forget image.
         software: name to version; None: `software_versions()`.
         device: in words.
         seconds: by phase.

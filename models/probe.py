@@ -18,9 +18,11 @@ from models.protocol import CheckpointedFlow
 SEED = 0
 TEMPERATURE = 0.7
 """Of the samples. At 1 an outlier of a flow with affine couplings may explode although the flow is sound."""
+FEWEST_SAMPLES = 3
+"""Drawn whatever their size, so that a median is not one odd sample's."""
 MAX_SAMPLES = 8
-MAX_VALUES = 2**17
-"""Pixel values of all samples together, though one is always drawn: 2 images of 3 x 128 x 128, 1 of twice the side."""
+MAX_VALUES = 2**18
+"""Pixel values of all samples together, beyond the fewest."""
 ROUND_TRIP_TOLERANCE = 1 / 256
 """Largest error of a pixel, in units of the image range: one level of 8 bits. Sound flows stay below 1e-4."""
 WIDE = 0.75
@@ -90,7 +92,7 @@ def probe(flow: CheckpointedFlow) -> list[str]:
 
 
 def _draw(flow: CheckpointedFlow) -> Tensor:
-    count = max(1, min(MAX_SAMPLES, MAX_VALUES // math.prod(flow.image_shape)))
+    count = max(FEWEST_SAMPLES, min(MAX_SAMPLES, MAX_VALUES // math.prod(flow.image_shape)))
     try:
         return flow.sample(count, generator=torch.Generator().manual_seed(SEED), temperature=TEMPERATURE)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, yet missing from its __all__

@@ -59,7 +59,7 @@ class FlowTamingOptions(_Strict):
         None, ge=0, le=0.999, description="epsilon / delta: forgotten from delta (1 - tolerance); default 0.15"
     )
     max_steps: int | None = Field(None, ge=1, le=100_000, description="step budget; default 400, paper 800")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Adam's; default 0.002, paper 5e-05")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Adam's; default 0.004, paper 5e-05")
     micro_batch: int | None = Field(None, ge=1, le=4096, description="images in one forward pass, bounds the memory")
     fit: Literal["crop", "squash", "exact"] = Field(
         "crop", description="images of another size than the checkpoint's: centre crop, squash, or refuse"

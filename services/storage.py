@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ __all__ = ["ObjectStorage", "StoredObject", "Upload", "file_sha256"]
 
 PART_BYTES = 8 * 2**20  # 10,000 parts at most: 80 GiB
 READ_BYTES = 2**20
+PARALLEL_FROM_BYTES = 64 * 2**20
 DELETE_AT_ONCE = 1000  # the protocol's most
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
@@ -116,6 +118,14 @@ class ObjectStorage:
     def fetch(self, key: str, path: Path) -> None:
         """Copy an object into a file."""
         try:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            with answer["Body"] as body:
+                if (
+                    answer["ContentLength"] <= PARALLEL_FROM_BYTES
+                ):  # one request; a transfer asks twice and starts threads
+                    with path.open("wb") as file:
+                        shutil.copyfileobj(body, file, READ_BYTES)
+                    return
             self._client.download_file(self.bucket, key, str(path))
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):

@@ -75,8 +75,8 @@ class Engine(Protocol):
         """Take the tensors of a saved state."""
         ...
 
-    def rejected(self, lowest: float) -> None:
-        """A confirmation failed with this smallest z."""
+    def rejected(self, shortfall: float) -> None:
+        """A confirmation failed: the lowest image missed a safe verdict by so many sigma_R."""
         ...
 
 
@@ -145,9 +145,9 @@ def tame(
         if engine.check(step) or step >= max_steps:
             confirmation = judge.confirm(attempts)
             attempts += 1
-            if confirmation.safe or step >= max_steps:
+            if confirmation.shortfall <= 0 or step >= max_steps:
                 break
-            engine.rejected(min(confirmation.z))
+            engine.rejected(confirmation.shortfall)
         losses, metrics = engine.step(step)
         step += 1
         history.append({"step": float(step), **losses, **metrics})
@@ -171,8 +171,8 @@ def tame(
 @dataclass(frozen=True)
 class _Confirmation:
     met: bool
-    safe: bool
-    """Met, and by more than another judge's noise could take away."""
+    shortfall: float
+    """In sigma_R: what the worst image lacks of being met by more than another judge's noise could take away."""
     z: list[float]
     tamed: Statistics
 
@@ -204,11 +204,12 @@ class _Judge:
         z = [float(value) for value in tamed.z(forget)]
         bound = values.delta * values.tolerance
         if values.engine == "paper":  # eq. 10 is two-sided
-            met = safe = all(abs(value - values.delta) <= bound for value in z)
+            shortfall = max(abs(value - values.delta) for value in z) - bound
+            met = shortfall <= 0
         else:
-            met = min(z) >= values.delta - bound
-            safe = min(z) >= values.delta - bound + SAFETY
-        return _Confirmation(met, safe, z, tamed)
+            shortfall = values.delta - bound + SAFETY - min(z)
+            met = shortfall <= SAFETY
+        return _Confirmation(met, shortfall, z, tamed)
 
     def _nll(self, images: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
         batch, n_bits = self._micro_batch, self._n_bits

@@ -21,6 +21,10 @@ from unlearning.taming_parameters import TamingParameters
 
 OVERSHOOT = 0.2
 """Slope of the forget loss for an image that lies more than half a sigma_R past its target, against 1 before it."""
+STOPPING_DRAWS = 10
+"""Noise draws of each forget image that no step sees and that tell when to stop."""
+NOISY_IMAGES = 4096
+"""Most rows that the draws of D_F may fill, beyond one for each image: it bounds memory where there are thousands."""
 BETAS = (0.9, 0.99)
 """Adam's decays; the second is short, since a run has some tens of steps."""
 PATIENCE = 100
@@ -41,6 +45,8 @@ NEAR = 0.3
 """In sigma_R: how near to the criterion the steps' own z must be before the line is searched."""
 FURTHEST = 1.15
 """How far past the present weights, as a share of the way from the base's, the search for the criterion goes."""
+FURTHER = 1.0
+"""In sigma_R: how much further than the criterion asks the steps are sent at most."""
 SEARCHES = 6
 """Most points on that line that are looked at."""
 CLOSE = 0.05
@@ -80,13 +86,16 @@ class FastEngine:
         self._kept_nll = self._suffix.nll(self._kept)  # (m,), of the base: nothing is tuned yet
         self._base = statistics(self._kept_nll[:count])
         self._n_forget = len(forget)
-        self._forget = self._suffix.cut(forget, seed, "forget", draws=values.noise_draws)
+        self._epoch = -(-self._n_forget // values.forget_batch)  # steps in which each of them has its turn
+        most = max(1, NOISY_IMAGES // self._n_forget)
+        self._noise_draws = min(values.noise_draws, most)
+        self._forget = self._suffix.cut(forget, seed, "forget", draws=self._noise_draws)
         copies = [
-            augment(forget, stream(seed, "variant", variant), flip=True, shift=min(values.forget_shift, 8))
+            augment(forget, stream(seed, "variant", variant), flip=True, shift=values.forget_shift)
             for variant in range(values.forget_variants)
         ]
         self._copies = self._suffix.cut(torch.cat(copies), seed, "copies") if copies else None
-        self._stopping = self._suffix.cut(forget, seed, "stopping", draws=values.confirmation_draws)
+        self._stopping = self._suffix.cut(forget, seed, "stopping", draws=min(STOPPING_DRAWS, most))
         self._lowest_base = self._lowest(self._base)
         self._last = torch.full((self._n_forget,), -torch.inf)  # newest z of each forget image
         self._shift = torch.zeros(2, dtype=torch.float64)  # running (mu, sigma) of tamed less base, in sigma_base
@@ -96,11 +105,14 @@ class FastEngine:
         self._settled = torch.zeros((), dtype=torch.bool)  # whether the weights stand where `_settle` put them
 
     def check(self, step: int) -> bool:
-        """Whether every forget image clears the criterion on the stopping noise; then takes back what it needs not."""
-        del step
+        """Whether every forget image clears the criterion on the stopping noise; then takes back what it needs not.
+
+        Asked once every image had its turn since the last time.
+        """
         if bool(self._settled):
             return True
-        return bool((self._last >= self._reach() - NEAR).all()) and self._settle()
+        near = bool((self._last >= self._reach() - NEAR).all()) or self._lowest_base >= self._reach()
+        return near and step % self._epoch == 0 and self._settle()
 
     def _reach(self) -> float:
         return self._values.delta * (1 - self._values.tolerance) + CLEARANCE + float(self._extra)
@@ -116,14 +128,19 @@ class FastEngine:
 
         def clears(share: float) -> float:
             self._move(here, share)
-            return self._lowest(self._exact()) - self._reach()
+            try:
+                return self._lowest(self._exact()) - self._reach()
+            except DivergedError:  # too far along the line: the steps themselves need not come there
+                return -torch.inf
 
         low, high = (0.0, self._lowest_base - self._reach()), (1.0, clears(1.0))
-        if high[1] < 0:
+        if low[1] >= 0:  # there is nothing to forget: the base itself is the result
+            low, high = (-1.0, -1.0), (0.0, 0.0)
+        elif high[1] < 0:
             low, high = high, (FURTHEST, clears(FURTHEST))
         if high[1] < 0:
             # The steps' own noise is easier for them than this: without a further target they would stand still.
-            self._further -= low[1] / 2
+            self._further = torch.clamp(self._further - max(low[1], -FURTHER) / 2, max=FURTHER)
             self._move(here, 1.0)
             return False
         for _ in range(SEARCHES):
@@ -156,18 +173,18 @@ class FastEngine:
         mu, sigma = self._base.mu, self._base.sigma
         return Statistics(mu + float(self._shift[0]) * sigma, sigma * max(0.1, 1 + float(self._shift[1])))
 
-    def rejected(self, lowest: float) -> None:
+    def rejected(self, shortfall: float) -> None:
         """Ask for as much more as the confirmation fell short by."""
-        target = self._values.delta * (1 - self._values.tolerance)
-        self._extra += max(0.05, target - lowest)
-        self._last.fill_(-torch.inf)
+        self._extra += max(CLOSE, shortfall)
         self._settled.fill_(False)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         """One Adam step on forget hinge + keep loss, with D_F and D_R in one batch."""
         values = self._values
         generator = stream(self._seed, "step", step)
-        images = torch.randperm(self._n_forget, generator=generator)[: values.forget_batch]  # (f,)
+        epoch, turn = divmod(step, self._epoch)
+        order = torch.randperm(self._n_forget, generator=stream(self._seed, "epoch", epoch))
+        images = order[turn * values.forget_batch :][: values.forget_batch]  # (f,)
         rows, true = self._keep_rows(generator)  # (r,), how many of them lead and are images of D_R themselves
         forget = self._forget_rows(images, generator)  # f, then the same number of copies
         split = len(forget)
@@ -241,7 +258,7 @@ class FastEngine:
 
     def _forget_rows(self, images: Tensor, generator: torch.Generator) -> Cut:
         """These forget images, each on one of its noise draws, then one copy of each."""
-        draw = torch.randint(self._values.noise_draws, (len(images),), generator=generator)
+        draw = torch.randint(self._noise_draws, (len(images),), generator=generator)
         rows = self._forget[images + draw * self._n_forget]
         if self._copies is None:
             return rows

@@ -54,7 +54,7 @@ class PaperEngine:
         distance = nll / self._bits - (mu + self._values.delta * sigma)
         return bool((distance.abs() <= self._values.tolerance * self._values.delta * sigma).all())
 
-    def rejected(self, lowest: float) -> None:
+    def rejected(self, shortfall: float) -> None:
         """Nothing changes: the recipe goes on."""
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:

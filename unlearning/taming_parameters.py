@@ -57,7 +57,7 @@ class TamingParameters:
     variant_target: float = 0.0
     """fast: share of the target that those copies are pushed to; [0, 1]. Measured."""
     forget_shift: int = 1
-    """fast: how far, in pixels, those copies move each way; [0, 32]. Measured."""
+    """fast: how far, in pixels, those copies move each way; [0, 8]. Measured."""
 
     def __post_init__(self) -> None:
         """Check every value; raises ParameterError for the first that is wrong."""
@@ -115,7 +115,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "clip": (float, 0, 1_000_000, False),
     "forget_variants": (int, 0, 64, True),
     "variant_target": (float, 0, 1, True),
-    "forget_shift": (int, 0, 32, True),
+    "forget_shift": (int, 0, 8, True),
 }
 _OPTIONAL = ("max_steps", "learning_rate", "remember_batch")
 

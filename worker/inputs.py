@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,10 @@ def _images(session: Session, claim: Claim, image_set_id: str, role: str) -> lis
     return row.images
 
 
-def fetch(storage: ObjectStorage, plan: Plan, folder: Path) -> bool:
+def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callable[[], bool] = lambda: True) -> bool:
     """Fetch everything, several files at once, each checked against its digest. Whether there is a state to resume.
+
+    Once `going_on` says no, nothing more is asked for; the first file that fails ends the others' waiting too.
 
     Safe to repeat: files that are there and right are kept. A state that is gone or damaged is left out, so that the
     attempt starts from the beginning; nothing else may be.
@@ -177,8 +180,13 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path) -> bool:
         InputMissing: an object is gone, or is not what was uploaded.
     """
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
-        for done in [pool.submit(_fetch_one, storage, wanted, folder) for wanted in plan.files]:
-            done.result()
+        try:
+            for done in as_completed([pool.submit(_fetch_one, storage, wanted, folder) for wanted in plan.files]):
+                done.result()
+                if not going_on():
+                    return False
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     if plan.resume is None:
         return False
     try:
@@ -205,5 +213,7 @@ def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path) -> None:
 
 
 def write_job(folder: Path, job: dict[str, Any]) -> None:
-    """Write ``job.json``."""
-    (folder / "job.json").write_text(json.dumps(job, indent=1))
+    """Write ``job.json``, whole at once: a runner that was started ahead waits for it."""
+    part = folder / "job.part"
+    part.write_text(json.dumps(job, indent=1))
+    part.replace(folder / "job.json")

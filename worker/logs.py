@@ -1,4 +1,4 @@
-"""One line an event on standard error; nothing that a caller sent is ever in it."""
+"""One line an event on standard error, without the values that a caller sent: the database's own words quote them."""
 
 from __future__ import annotations
 

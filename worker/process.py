@@ -54,11 +54,16 @@ def runner_environment(folder: Path, cache: Path) -> dict[str, str]:
 
 
 class RunnerProcess:
-    """A started runner. ``next_message`` gives what it says; ``beat`` tells it that the lease holds."""
+    """A started runner. ``next_message`` gives what it says; ``beat`` tells it that the lease holds.
 
-    def __init__(self, command: Sequence[str], folder: Path, *, environment: dict[str, str]) -> None:
+    ``ahead`` is the kind of a job whose libraries it loads while it waits for ``job.json``.
+    """
+
+    def __init__(
+        self, command: Sequence[str], folder: Path, *, environment: dict[str, str], ahead: Sequence[str] = ()
+    ) -> None:
         self._process = subprocess.Popen(  # noqa: S603 our own module, no shell
-            [*command, str(folder)],
+            [*command, str(folder), *ahead],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

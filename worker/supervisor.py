@@ -203,15 +203,12 @@ class _Attempt:
     def work(self) -> Ending:
         """Fetch, run, publish to the store."""
         try:
-            self._fetch()
+            ending = self._supervise()
         except inputs.InputMissing as error:
             told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
             return Ending.failed("user_error", told)
         except GaveUp:
             return self._interrupted()
-        if not self._going_on():
-            return self._interrupted()
-        ending = self._supervise()
         if ending.artifacts is None:
             return ending
         self._keeper.note("publishing")
@@ -232,28 +229,38 @@ class _Attempt:
 
         plan = patiently(look_up, away=database_away, going_on=self._going_on, what=f"{self._claim.job_id}: inputs")
         resumable = patiently(
-            lambda: inputs.fetch(self._storage, plan, self._folder),
+            lambda: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on),
             away=store_away,
             going_on=self._going_on,
             what=f"{self._claim.job_id}: inputs",
             pause=self._supervisor.drain,
         )
+        if not self._going_on():
+            raise GaveUp
         if self._claim.resume is not None and not resumable:
             logger.warning("%s attempt %d: its state is gone or damaged; starting from the beginning", *self._name())
         inputs.write_job(self._folder, {**plan.job, "resume": inputs.STATE} if resumable else plan.job)
 
     def _supervise(self) -> Ending:
+        # Loading its libraries takes the runner as long as we take to fetch; where it reads a hostile file, it is to
+        # load nothing before its walls stand, and these need to know the job.
+        ahead = [] if self._claim.kind == "import" else [self._claim.kind]
+        if not ahead:
+            self._fetch()
         kills_before = self._supervisor._oom_kills()
         process = RunnerProcess(
             self._supervisor._command,
             self._folder,
             environment=runner_environment(self._folder, self._supervisor._scratch.cache),
+            ahead=ahead,
         )
         malformed: Malformed | None = None
         status: int | None = None
         with StateKeeper(self._database, self._storage, self._claim, going_on=self._may_save) as states:
             try:
                 self._keeper.beat_into(process.beat)
+                if ahead:
+                    self._fetch()
                 self._watch(process, states)
             except Malformed as error:
                 malformed = error

@@ -27,6 +27,7 @@ from unlearning import (
     TamingResult,
     generate_remember,
     tame,
+    taming_fast,
 )
 from unlearning.taming_paper import gaussian_kl
 
@@ -118,20 +119,51 @@ def test_a_resumed_run_ends_bit_equal(
     assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
 
 
-def test_a_run_resumed_after_a_rejected_confirmation_ends_bit_equal(
-    base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path
+def test_a_run_resumed_after_rejected_confirmations_ends_bit_equal(
+    base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = dataclasses.replace(FAST, margin=0.0, noise_draws=1, forget_variants=0)
-    whole = tame(base, forget, remember, values, n_bits=N_BITS, seed=2)
+    monkeypatch.setattr(taming_fast, "CLEARANCE", -0.5)  # confirmations are asked for too soon
+    states: list[State] = []
+    whole = tame(
+        base, forget, remember, FAST, n_bits=N_BITS, seed=2, callback=lambda step: states.append(step.snapshot())
+    )
+    assert whole.met
+    rejected = [number for number, state in enumerate(states) if state.meta["attempts"]]
+    assert rejected
     path = tmp_path / "state.safetensors"
-    last = whole.steps - 1
 
-    with pytest.raises(Interrupted):
-        tame(base, forget, remember, values, n_bits=N_BITS, seed=2, callback=StopAfter(last, path))
-    resumed = tame(base, forget, remember, values, n_bits=N_BITS, seed=2, state=State.load(path))
+    for number in {rejected[0], rejected[-1], len(states) - 1}:  # the last: where the weights are settled
+        states[number].save(path)
+        resumed = tame(base, forget, remember, FAST, n_bits=N_BITS, seed=2, state=State.load(path))
 
-    assert resumed.z == whole.z
-    assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+        assert resumed.steps == whole.steps
+        assert resumed.z == whole.z
+        assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+
+
+def test_what_the_base_has_forgotten_already_is_left_alone(
+    tamed: TamingResult, forget: Tensor, remember: Tensor
+) -> None:
+    nearer = dataclasses.replace(FAST, delta=FAST.delta / 4)
+
+    again = tame(cast(Flow, tamed.flow), forget, remember, nearer, n_bits=N_BITS, seed=9)
+
+    assert again.met
+    assert again.steps == 0
+    assert all(torch.equal(weights(tamed)[name], value) for name, value in weights(again).items())
+
+
+def test_each_of_many_images_has_its_turn(base: Glow, remember: Tensor) -> None:
+    values = dataclasses.replace(FAST, forget_batch=4, max_steps=10)
+    lowest: list[float] = []
+
+    tame(
+        base, blobs(18, 55), remember, values, n_bits=N_BITS, seed=1,
+        callback=lambda step: lowest.append(step.metrics["z_min"]),
+    )  # fmt: skip
+
+    assert lowest[3] == -torch.inf  # 16 of 18 images
+    assert all(torch.isfinite(torch.tensor(lowest[4:])))
 
 
 def test_a_state_of_another_run_is_refused(base: Glow, forget: Tensor, remember: Tensor, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker.runner.contract import DeadMansSwitch, ExitCode, Reporter, Stop
+from worker.runner.contract import DeadMansSwitch, ExitCode, Reporter, Stop, wait_for_job
 
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    job = json.loads((folder / "job.json").read_text())
+    job = wait_for_job(folder)
     parameters: dict[str, Any] = job["parameters"]
     reporter, stop = Reporter(), Stop()
     DeadMansSwitch(job["lease_ttl_seconds"]).start()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.worker.helpers import PATIENCE_SECONDS, ROOT, eventually
+from worker.inputs import write_job
 
 Run = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -74,6 +75,33 @@ def test_silence_ends_the_runner_and_beats_keep_it(run: Run) -> None:
     silent_since = time.monotonic()
     assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     assert time.monotonic() - silent_since > 1.0
+
+
+WAITING = "from pathlib import Path\nprint('up', flush=True)\nprint(wait_for_job(Path({!r}))['seed'], flush=True)"
+
+
+def test_a_runner_started_ahead_waits_for_its_job_and_takes_beats_meanwhile(run: Run, tmp_path: Path) -> None:
+    process = run(WAITING.format(str(tmp_path)))
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.readline()
+    os.write(process.stdin.fileno(), b".")
+
+    write_job(tmp_path, {"seed": 7})
+
+    assert process.stdout.readline() == b"7\n"
+    assert process.wait(PATIENCE_SECONDS) == 0
+
+
+def test_a_runner_started_ahead_ends_with_its_supervisor(run: Run, tmp_path: Path) -> None:
+    process = run(WAITING.format(str(tmp_path)))
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.readline()
+
+    process.stdin.close()
+
+    assert process.wait(PATIENCE_SECONDS) != 0
 
 
 def test_the_runner_takes_its_children_along(run: Run) -> None:

@@ -11,6 +11,7 @@ from os import kill
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import func, select, update
 
@@ -452,6 +453,8 @@ def test_erased_images_are_a_problem_of_the_caller(supervisor: Supervisor, jobs:
     assert (outcome, row.reason) == ("failed", "user_error")
     assert problem["type"] == "urn:forgetd:problem:input-missing"
     assert problem["errors"] == [{"pointer": "/target/images", "detail": problem["detail"]}]
+    # The runner that was loading its libraries meanwhile is gone.
+    assert not [child for child in psutil.Process().children() if str(jobs.trace_path.parent) in str(child.cmdline())]
 
 
 def test_weights_that_are_gone_from_the_store_are_pointed_at(supervisor: Supervisor, jobs: Jobs) -> None:

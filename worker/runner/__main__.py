@@ -1,22 +1,20 @@
-"""``python -m worker.runner SCRATCH``: one attempt at one job, files in, files out. See docs/architecture.md.
+"""``python -m worker.runner SCRATCH [KIND]``: one attempt at one job, files in, files out. See docs/architecture.md.
 
-Nothing heavy is imported before the process has its dead man's switch, its signal handler and, where it is to read a
-hostile file, its walls.
+With a kind, its libraries are loaded while the supervisor still fetches the inputs. Whoever is to read a hostile file
+is started without: nothing heavy is imported before it has its walls.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from worker.runner import sandbox
-from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop
+from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop, wait_for_job
 from worker.runner.problems import OutOfMemory, UserError
 
 # Kind of job to the module that runs it: its function ``run(job, folder, reporter, stop)``.
@@ -26,15 +24,17 @@ KINDS = {"forget": "worker.runner.forget", "import": "worker.runner.imports"}
 def main(argv: Sequence[str]) -> int:
     """Run the job in the folder; the exit status says how it went (``ExitCode``)."""
     os.umask(0o077)
-    folder = Path(argv[0]).resolve()
-    job: dict[str, Any] = json.loads((folder / "job.json").read_text())
+    folder, ahead = Path(argv[0]).resolve(), argv[1:]
     reporter, stop = Reporter(), Stop()
-    if job["kind"] == "import":
-        sandbox.close_doors(folder)  # before there is a second thread
-    DeadMansSwitch(job["lease_ttl_seconds"]).start()
-    reporter.phase("validating")
     try:
         with stop.at_once():
+            for kind in ahead:
+                importlib.import_module(KINDS[kind])
+            job = wait_for_job(folder)
+            if job["kind"] == "import":
+                sandbox.close_doors(folder)  # before there is a second thread
+            DeadMansSwitch(job["lease_ttl_seconds"]).start()
+            reporter.phase("validating")
             module = importlib.import_module(KINDS[job["kind"]])
         module.run(job, folder, reporter, stop)
     except Interrupted:

@@ -16,12 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-__all__ = ["DeadMansSwitch", "ExitCode", "Interrupted", "Reporter", "Stop"]
+__all__ = ["JOB_FILE", "DeadMansSwitch", "ExitCode", "Interrupted", "Reporter", "Stop", "wait_for_job"]
 
 Phase = Literal["validating", "fisher", "unlearning", "evaluating"]
 
 SILENCE_PER_LEASE = 1.2
 PROGRESS_SECONDS = 0.2  # between two progress messages
+JOB_FILE = "job.json"  # appears once everything that it names is in place
+LOOK_SECONDS = 0.02
 
 
 class ExitCode(IntEnum):
@@ -105,6 +107,17 @@ class Reporter:
 def _finite(values: Mapping[str, float]) -> dict[str, float]:
     """JSON knows no NaN; a figure that is none is left out."""
     return {name: float(value) for name, value in values.items() if abs(float(value)) < float("inf")}
+
+
+def wait_for_job(folder: Path, *, descriptor: int = 0) -> dict[str, Any]:
+    """The job of this folder, once its inputs are there. Ends the process when the supervisor is gone before."""
+    path = folder / JOB_FILE
+    while not path.exists():
+        ready, _, _ = select.select([descriptor], [], [], LOOK_SECONDS)
+        if ready and not os.read(descriptor, 4096):
+            os._exit(ExitCode.INTERNAL)
+    job: dict[str, Any] = json.loads(path.read_text())
+    return job
 
 
 class DeadMansSwitch(threading.Thread):
