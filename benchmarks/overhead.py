@@ -24,7 +24,7 @@ start to publish are differences of the server's own timestamps. The last line i
 import os
 
 # On both sides as the runner has it (worker/process.py); read once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import itertools

@@ -27,7 +27,7 @@ MAX_STDERR_LINES = 200
 MAX_STDERR_LINE_BYTES = 4096
 KEPT_VARIABLES = re.compile(
     r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|DYLD_\w+|CUDA_\w+|NVIDIA_\w+|NCCL_\w+|ROCR?_\w+|HIP_\w+|"
-    r"PYTORCH_\w+|TORCH_\w+|OMP_WAIT_POLICY|(OMP|MKL|OPENBLAS|VECLIB|NUMEXPR)_NUM_THREADS|KMP_\w+"
+    r"PYTORCH_\w+|TORCH_\w+|OMP_WAIT_POLICY|GOMP_SPINCOUNT|(OMP|MKL|OPENBLAS|VECLIB|NUMEXPR)_NUM_THREADS|KMP_\w+"
 )
 
 
@@ -40,9 +40,9 @@ def runner_environment(folder: Path, cache: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if KEPT_VARIABLES.fullmatch(name)}
     return {
         "LANG": "C.UTF-8",
-        # Threads that spin while they wait made a step 3.5 times slower where others use the same cores, and 5 % faster
-        # where nobody does (10 steps of taming on 2 cores).
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # How long OpenMP's threads spin before they sleep. A whole run of taming on 2 cores, alone / beside two busy
+        # processes: 4-5 s / 14-15 s so; 8 s / 16 s if they never spin; 4-5 s / 26 s and more if they spin for longer.
+        "GOMP_SPINCOUNT": "3000",
         **kept,
         "PYTHONPATH": str(ROOT),
         "PYTHONNOUSERSITE": "1",
