@@ -238,7 +238,7 @@ def summary(by_service: list[ServiceRun], by_library: list[LibraryRun]) -> dict[
 def main(arguments: list[str] | None = None) -> None:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.split("\n")[0])
-    quick = f"three samples instead of ten, to delta {QUICK_DELTA:g} only"
+    quick = f"one sample instead of ten, to delta {QUICK_DELTA:g} only"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--samples", type=int, help="how many jobs, each beside the same work by the library")
     parser.add_argument("--person", type=int, default=PERSON, help=f"whom to forget, of 1 to 36 (default: {PERSON})")
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         del os.environ[name]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the service is stopped
     try:
-        samples = options.samples or (3 if options.quick else 10)
+        samples = options.samples or (1 if options.quick else 10)
         runs = measure(samples, options.person, QUICK_DELTA if options.quick else TamingParameters.delta)
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; the service is stopped.") from None

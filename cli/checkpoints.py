@@ -97,6 +97,7 @@ def show(checkpoint: CheckpointId, url: Url = None, key: Key = None, as_json: Js
             "status": found.status,
             "model": _describe(found),
             "problem": " ".join(str(problem[part]) for part in ("title", "detail") if problem.get(part)),
+            "warnings": "; ".join(str(warning) for warning in (found.manifest or {}).get("warnings") or ()),
             "uploaded": f"{age(found.created_at)} ago",
         }
     )
