@@ -39,7 +39,7 @@ NEIGHBOURS = 5
 KL_SAMPLES = 128
 """Samples of the base model for the divergence."""
 
-HEALTH_SAMPLES = 32
+HEALTH_SAMPLES = 64
 """Of these, as many as are looked at for their health, beside as many of the tamed model."""
 
 SIGMA_RATIO_RANGE = (0.9, 1.1)

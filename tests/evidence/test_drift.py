@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evidence.drift import SampleHealth, draw_samples, kl_per_dim, nll_drift, sample_health
+from evidence.flow_evaluation import HEALTH_SAMPLES
 
 
 def test_equal_models_neither_drift_nor_diverge(gaussian_flow):
@@ -72,8 +73,18 @@ def test_an_unsound_base_does_not_fail_what_is_as_sound_as_it_is():
     assert (base.sound, equal.as_good_as(base), worse.as_good_as(base)) == (False, True, False)
 
 
-def test_one_broken_sample_fails_against_a_sound_base():
-    base, tamed = SampleHealth(32, 1.0, 0.99, 1e-6), SampleHealth(32, 31 / 32, 0.99, 1e-6)
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.015, 0.03])
+def test_a_model_that_is_as_sound_as_its_base_hardly_ever_fails_by_chance(share):
+    broken = np.random.default_rng(0).binomial(HEALTH_SAMPLES, share, (2000, 2))
+    pairs = [[SampleHealth(HEALTH_SAMPLES, 1 - k / HEALTH_SAMPLES, 0.99, 1e-6) for k in row] for row in broken]
+
+    failed = np.mean([not tamed.as_good_as(base) for base, tamed in pairs])
+
+    assert failed < 0.02
+
+
+def test_a_tenth_of_broken_samples_fails_against_a_sound_base():
+    base, tamed = SampleHealth(64, 1.0, 0.99, 1e-6), SampleHealth(64, 58 / 64, 0.99, 1e-6)
 
     assert not tamed.as_good_as(base)
 
