@@ -55,14 +55,19 @@ def nll_of(
         draws: noise draws an image.
         batch: images in one forward.
     """
-    parameters: Callable[[], object] | None = getattr(flow, "parameters", None)
-    first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]
-    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
     total = torch.zeros(len(images), dtype=torch.float64)
-    with float32(device.type):
-        for _ in range(draws):
-            x = dequantize(quantize(images.cpu(), n_bits), n_bits, generator)
-            parts = [-flow.log_prob(part.to(device)).float().cpu() for part in torch.split(x, batch)]
-            total += torch.cat(parts).double()
+    for _ in range(draws):
+        x = dequantize(quantize(images.cpu(), n_bits), n_bits, generator)
+        total += density_nll(flow, x, batch=batch).double()
     mean: Tensor = total / draws
     return mean
+
+
+@torch.no_grad()
+def density_nll(flow: Flow, x: Tensor, *, batch: int = 128) -> Tensor:
+    """-log p of dequantised images x (n, c, h, w), in float32 batches on the flow's device: (n,) nats, on the CPU."""
+    parameters: Callable[[], object] | None = getattr(flow, "parameters", None)
+    first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]  # any flow
+    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+    with float32(device.type):
+        return torch.cat([-flow.log_prob(part.to(device)).float().cpu() for part in torch.split(x, batch)])

@@ -31,8 +31,8 @@ def backward(log_prob: Callable[..., Tensor], inputs: tuple[Tensor, ...], loss: 
     value = loss(leaf)
     slopes = torch.autograd.grad(value, leaf)[0].to(nll.device)
     if whole is not None:
-        whole.backward(slopes)  # type: ignore[no-untyped-call]  # torch does not type it
+        torch.autograd.backward(whole, slopes)
         return value.detach()
     for part, slope in zip(parts, torch.split(slopes, micro_batch), strict=True):
-        (-log_prob(*part).float()).backward(slope)  # type: ignore[no-untyped-call]  # torch does not type it
+        torch.autograd.backward(-log_prob(*part).float(), slope)
     return value.detach()

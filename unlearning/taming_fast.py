@@ -125,6 +125,10 @@ class FastEngine:
         need not be taken. False, and nothing is changed, if the images are too far from the criterion here.
         """
         here = [p.detach().clone() for p in self._parameters.values()]
+        if self._lowest_base >= self._reach():  # there is nothing to forget: the base itself is the result
+            self._move(here, 0.0)
+            self._settled.fill_(True)
+            return True
 
         def clears(share: float) -> float:
             self._move(here, share)
@@ -134,9 +138,7 @@ class FastEngine:
                 return -torch.inf
 
         low, high = (0.0, self._lowest_base - self._reach()), (1.0, clears(1.0))
-        if low[1] >= 0:  # there is nothing to forget: the base itself is the result
-            low, high = (-1.0, -1.0), (0.0, 0.0)
-        elif high[1] < 0:
+        if high[1] < 0:
             low, high = high, (FURTHEST, clears(FURTHEST))
         if high[1] < 0:
             # The steps' own noise is easier for them than this: without a further target they would stand still.

@@ -14,7 +14,7 @@ from models.images import dequantize, quantize
 from models.protocol import Flow
 from unlearning import micro_batch as micro
 from unlearning.errors import DivergedError
-from unlearning.likelihood import float32, nll_of, statistics
+from unlearning.likelihood import density_nll, float32, nll_of, statistics
 from unlearning.optimiser import pack, unpack
 from unlearning.randomness import stream
 from unlearning.taming_parameters import TamingParameters
@@ -65,7 +65,7 @@ class PaperEngine:
         rows_r = torch.randperm(len(self._remember), generator=generator)[: values.remember_batch]
         x_f = self._noisy(self._forget[rows_f], generator)
         x_r = self._noisy(self._remember[rows_r], generator)
-        nll_b = self._nll(self._base, x_r)
+        nll_b = density_nll(self._base, x_r, batch=self._micro_batch)
         mu, sigma = (float(value) for value in self._statistics)
         parts: dict[str, Tensor] = {}
 
@@ -112,12 +112,6 @@ class PaperEngine:
     def _log_prob(self, x: Tensor) -> Tensor:
         with float32(self._device.type):
             return self._flow.log_prob(x.to(self._device))
-
-    @torch.no_grad()
-    def _nll(self, flow: Flow, x: Tensor) -> Tensor:
-        with float32(self._device.type):
-            parts = [-flow.log_prob(part.to(self._device)).float().cpu() for part in torch.split(x, self._micro_batch)]
-        return torch.cat(parts)
 
     def _nll_of(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return nll_of(self._flow, images, n_bits=self._n_bits, generator=generator, batch=self._micro_batch)

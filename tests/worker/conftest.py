@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def make_supervisor(
 def supervisor(make_supervisor: Callable[..., Supervisor]) -> Supervisor:
     """One supervisor with the stub runner."""
     return make_supervisor()
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[[Supervisor, str], Future[str]]]:
+    """Runs a job in a thread; what is still at work when the test ends is handed back."""
+    used: list[Supervisor] = []
+
+    def run(supervisor: Supervisor, job_id: str) -> Future[str]:
+        used.append(supervisor)
+        return pool.submit(supervisor.run, job_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        yield run
+        for supervisor in used:
+            supervisor.start_draining()

@@ -30,6 +30,7 @@ short_lease = pytest.mark.parametrize("lease_ttl_seconds", [6.0])
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 QUEUE = "gpu.flow"
+LONG = {"steps": 100_000, "step_seconds": 0.02, "state_every": 5}  # until it is stopped
 TERMINAL = ("succeeded", "failed", "cancelled")
 PATIENCE_SECONDS = 60.0  # for conditions, on a machine that others load; only a failing test waits this long
 
