@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from models.images import dequantize, quantize
+from models.images import flow_input
 from models.protocol import Flow
 
 __all__ = [
@@ -108,8 +108,8 @@ class NllAccumulator:
         return ImageNll(_joined(self._mean), _joined(self._std), len(self._streams), self._dims)
 
     def _values(self, images: Tensor) -> Tensor:
-        x = quantize(images.cpu(), self._n_bits)  # (b, c, h, w)
-        noisy = [dequantize(x[i : i + 1], self._n_bits, stream) for i in range(len(x)) for stream in self._streams]
+        x, flow = images.cpu(), self._flow  # (b, c, h, w)
+        noisy = [flow_input(flow, x[i : i + 1], self._n_bits, s) for i in range(len(x)) for s in self._streams]
         nll = density_nll(self._flow, torch.cat(noisy), batch_size=self._batch_size)
         return nll.view(len(images), len(self._streams))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from evidence.drift import draw_samples
-from models.images import to_uint8
+from models.images import denoised, to_uint8
 from models.protocol import Flow
 
 __all__ = ["sample_grid"]
@@ -40,7 +40,8 @@ def sample_grid(
         A PNG file: RGB for models of three channels, else grey, of the first channel.
     """
     rows = [
-        to_uint8(draw_samples(model, n, seed=seed, temperature=temperature), n_bits) for model in (base, tamed)
+        to_uint8(denoised(model, draw_samples(model, n, seed=seed, temperature=temperature)), n_bits)
+        for model in (base, tamed)
     ]  # each (n, c, h, w)
     pixels = torch.cat([_row(row) for row in rows], dim=1)  # (c, 2 (h + gap), n (w + gap))
     picture = pixels[:3] if len(pixels) >= 3 else pixels[:1]

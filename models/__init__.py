@@ -1,6 +1,6 @@
 """Generative models, their checkpoint format, and images as tensors."""
 
-from models.checkpoints import FAMILIES, Manifest, load_checkpoint, load_flow, read_manifest, save_checkpoint
+from models.checkpoints import Manifest, load_checkpoint, load_flow, read_manifest, save_checkpoint
 from models.convert import convert
 from models.errors import CheckpointError, ImageError, ModelError
 from models.glow import Glow

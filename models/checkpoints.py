@@ -1,6 +1,6 @@
 """The checkpoint format: one safetensors file that carries its own manifest, checked before and after it is loaded.
 
-The manifest is JSON under the key `forgetd` of the safetensors metadata. A new family is one entry in `FAMILIES`.
+The manifest is JSON under the key `forgetd` of the safetensors metadata. Its families: `models.families`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from models.errors import (
     TensorMismatchError,
     UnknownFamilyError,
 )
-from models.glow import Glow
+from models.families import FAMILIES
 from models.protocol import CheckpointedFlow
 
 SCHEMA_VERSION = 1
@@ -43,18 +43,6 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 ODD_CHARACTERS = re.compile("[\\0\ud800-\udfff]")
-
-Builder = Callable[[tuple[int, int, int], int, Mapping[str, Any]], CheckpointedFlow]
-
-
-def _build_glow(image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]) -> CheckpointedFlow:
-    expected = {"n_block": int, "n_flow": int, "hidden": int, "affine": bool, "lu": list}
-    _check_fields(architecture, expected, "architecture")
-    return Glow(image_shape, n_bits, **architecture)
-
-
-FAMILIES: dict[str, Builder] = {"glow": _build_glow}
-"""Family name to the function that builds an empty model from (image shape, n_bits, architecture)."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +184,12 @@ def read_manifest(path: Path | str) -> Manifest:
 
 def build(manifest: Manifest) -> nn.Module:
     """An empty model of the manifest's architecture, on the meta device: it costs no memory."""
-    builder = FAMILIES.get(manifest.family)
-    if builder is None:
+    family = FAMILIES.get(manifest.family)
+    if family is None:
         raise UnknownFamilyError(f"family {_quoted(manifest.family)} is unknown; known: {', '.join(sorted(FAMILIES))}")
+    _check_fields(manifest.architecture, family.architecture, "architecture")
     with torch.device("meta"):
-        return cast(nn.Module, builder(manifest.image_shape, manifest.n_bits, manifest.architecture))
+        return cast(nn.Module, family.build(manifest.image_shape, manifest.n_bits, manifest.architecture))
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:

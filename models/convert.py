@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints import (
-    FAMILIES,
     METADATA_KEY,
     Manifest,
     build,
@@ -36,6 +35,7 @@ from models.errors import (
     UnknownFamilyError,
     UnsafeCheckpointError,
 )
+from models.families import FAMILIES
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """Most bytes of the index inside a torch archive; the tensors lie beside it."""

@@ -118,6 +118,35 @@ def dequantize(x: Tensor, n_bits: int, generator: torch.Generator) -> Tensor:
     return noisy
 
 
+def flow_input(flow: object, images: Tensor, n_bits: int, generator: torch.Generator) -> Tensor:
+    """What a flow has its density over: images with noise, float32, in host memory.
+
+    A flow with a positive `noise_std` (see `models.protocol.NoisyFlow`) reads v / 255 - 0.5 + noise_std N(0, 1), all
+    others quantised and dequantised images.
+
+    Args:
+        flow: any flow.
+        images: uint8 (n, c, h, w), on the CPU.
+        n_bits: colour depth of a flow over dequantised images.
+        generator: draws the noise; on the CPU.
+    """
+    noise_std = float(getattr(flow, "noise_std", 0.0))
+    if not noise_std > 0:
+        return dequantize(quantize(images, n_bits), n_bits, generator)
+    if images.dtype != torch.uint8:
+        raise ImageError(f"flow_input takes uint8 images, not {images.dtype}")
+    noisy: Tensor = images.float() / 255 - 0.5 + noise_std * torch.randn(images.shape, generator=generator)
+    return noisy
+
+
+def denoised(flow: object, x: Tensor) -> Tensor:
+    """Samples of a flow as images: without the Gaussian noise that a `models.protocol.NoisyFlow` is trained with."""
+    if float(getattr(flow, "noise_std", 0.0)) > 0 and callable(getattr(flow, "denoise", None)):
+        clean: Tensor = flow.denoise(x)  # type: ignore[attr-defined]  # any flow; asked for just above
+        return clean
+    return x
+
+
 def to_uint8(x: Tensor, n_bits: int) -> Tensor:
     """The uint8 images whose `quantize` is the level that x, in [-0.5, 0.5), falls in; values outside are clipped."""
     _check_bits(n_bits)

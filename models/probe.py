@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.images import dequantize, quantize, to_uint8
+from models.images import denoised, flow_input, to_uint8
 from models.protocol import CheckpointedFlow
 
 SEED = 0
@@ -73,7 +73,7 @@ def probe(flow: CheckpointedFlow) -> list[str]:
         )
     warnings = _check_range(samples)
     generator = torch.Generator().manual_seed(SEED)
-    images = dequantize(quantize(to_uint8(samples, flow.n_bits), flow.n_bits), flow.n_bits, generator)
+    images = flow_input(flow, to_uint8(denoised(flow, samples), flow.n_bits), flow.n_bits, generator)
     own, read = _bits_per_dim(flow, samples), _bits_per_dim(flow, images)
     if not (math.isfinite(own) and math.isfinite(read)):
         raise UnusableFlowError(

@@ -47,6 +47,21 @@ class SplitFlow(Flow, Protocol):
 
 
 @runtime_checkable
+class NoisyFlow(Flow, Protocol):
+    """A density over images with Gaussian noise of a fixed deviation, instead of dequantised ones (a TarFlow).
+
+    `models.images.flow_input` makes its inputs. What it samples carries that noise, and `denoise` takes it off.
+    """
+
+    noise_std: float
+    """In units of x, whose images lie in [-0.5, 0.5); 0 where the flow is over dequantised images after all."""
+
+    def denoise(self, y: Tensor) -> Tensor:
+        """The expected image given a noisy one, (b, c, h, w): Tweedie's y + noise_std^2 grad log p(y)."""
+        ...
+
+
+@runtime_checkable
 class CheckpointedFlow(Flow, Protocol):
     """A flow that a manifest can rebuild: see `models.checkpoints`."""
 

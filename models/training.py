@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.augmentation import augment
 from models.errors import ModelError
-from models.images import dequantize, quantize
+from models.images import flow_input
 from models.protocol import Flow
 
 
@@ -99,7 +99,7 @@ def fit_flow(
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup) * decay
         rows = torch.randint(len(images), (recipe.batch,), generator=generator)
         batch = augment(images[rows.to(images.device)], generator, flip=recipe.flip, shift=recipe.shift)
-        x = dequantize(quantize(batch, n_bits).to(device), n_bits, generator)
+        x = flow_input(flow, batch.cpu(), n_bits, generator).to(device)
         loss = -flow.log_prob(x).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ def bits_per_dim(flow: Flow, images: Tensor, *, n_bits: int, generator: torch.Ge
     """
     dims = math.prod(images.shape[1:])
     parts = [
-        -flow.log_prob(dequantize(quantize(part, n_bits), n_bits, generator)) / (dims * math.log(2)) + n_bits
+        -flow.log_prob(flow_input(flow, part, n_bits, generator)) / (dims * math.log(2)) + n_bits
         for part in torch.split(images, batch)
     ]
     return torch.cat(parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.images import dequantize, quantize
+from models.images import flow_input
 from models.protocol import Flow
 from unlearning.errors import DivergedError
 
@@ -57,7 +57,7 @@ def nll_of(
     """
     total = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(draws):
-        x = dequantize(quantize(images.cpu(), n_bits), n_bits, generator)
+        x = flow_input(flow, images.cpu(), n_bits, generator)
         total += density_nll(flow, x, batch=batch).double()
     mean: Tensor = total / draws
     return mean

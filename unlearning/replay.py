@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from models.images import to_uint8
+from models.images import denoised, to_uint8
 from models.protocol import Flow
 from unlearning.errors import ParameterError
 from unlearning.randomness import stream
@@ -42,5 +42,5 @@ def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature
                 with torch.random.fork_rng():
                     torch.manual_seed(generator.initial_seed())
                     x = cast(Any, flow).sample(count)
-        parts.append(to_uint8(x.float().cpu(), n_bits))
+        parts.append(to_uint8(denoised(flow, x).float().cpu(), n_bits))
     return torch.cat(parts)

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.images import dequantize, quantize
+from models.images import flow_input
 from models.protocol import Flow, SplitFlow
 from unlearning.likelihood import float32
 from unlearning.randomness import stream
@@ -55,7 +55,7 @@ class Suffix:
         cuts = []
         with float32(self.device.type):
             for draw in range(draws):
-                x = dequantize(quantize(images.cpu(), self._n_bits), self._n_bits, stream(seed, name, draw))
+                x = flow_input(self._flow, images.cpu(), self._n_bits, stream(seed, name, draw))
                 for part in torch.split(x, self._micro_batch):
                     if self._split is None:
                         cuts.append(Cut(part, torch.zeros(len(part))))

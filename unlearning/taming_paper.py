@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.images import dequantize, quantize
+from models.images import flow_input
 from models.protocol import Flow
 from unlearning import micro_batch as micro
 from unlearning.errors import DivergedError
@@ -107,7 +107,7 @@ class PaperEngine:
         self._statistics = torch.tensor([found.mu, found.sigma], dtype=torch.float64)
 
     def _noisy(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return dequantize(quantize(images, self._n_bits), self._n_bits, generator)
+        return flow_input(self._flow, images, self._n_bits, generator)
 
     def _log_prob(self, x: Tensor) -> Tensor:
         with float32(self._device.type):

@@ -1,0 +1,32 @@
+"""The families of flows that a checkpoint may hold: a new one is an entry here and in the law tests' table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.glow import Glow
+from models.protocol import CheckpointedFlow
+
+__all__ = ["FAMILIES", "Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a manifest becomes a flow."""
+
+    flow: Callable[..., CheckpointedFlow]
+    """The class; called as `flow(image_shape, n_bits, **architecture)`, and with a `generator` to start training."""
+    architecture: Mapping[str, type]
+    """Every field of the manifest's architecture with its JSON type; all are required."""
+
+    def build(
+        self, image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]
+    ) -> CheckpointedFlow:
+        """An empty flow of this family, for weights to be loaded into."""
+        return self.flow(image_shape, n_bits, **architecture)
+
+
+FAMILIES: dict[str, Family] = {
+    "glow": Family(Glow, {"n_block": int, "n_flow": int, "hidden": int, "affine": bool, "lu": list}),
+}
+"""By the name that stands in a manifest, which is the class's `family`."""
