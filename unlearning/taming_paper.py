@@ -5,6 +5,7 @@ written with tensor logarithms, so that each of its two directions is right by i
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -76,9 +77,15 @@ class PaperEngine:
             forget_loss = torch.sigmoid(distance.square()).mean()  # eq. 9
             forward = gaussian_kl(bpd_b.mean(), bpd_b.std(), bpd_r.mean(), bpd_r.std())
             reverse = gaussian_kl(bpd_r.mean(), bpd_r.std(), bpd_b.mean(), bpd_b.std())
-            remember_loss = (1 - values.gamma) * bpd_r.mean() + values.gamma * (forward + reverse)  # eq. 11
+            terms = {
+                "nll": (1 - values.gamma) * bpd_r.mean(),
+                "kl_forward": values.gamma * forward,
+                "kl_reverse": values.gamma * reverse,
+            }
+            remember_loss = _sum(terms, values.without)  # eq. 11
             parts.update(z=(bpd_f.detach() - mu) / sigma, forget=forget_loss.detach(), remember=remember_loss.detach())
-            return values.alpha * forget_loss + (1 - values.alpha) * remember_loss  # eq. 12
+            losses = {"forget": values.alpha * forget_loss, "remember": (1 - values.alpha) * remember_loss}
+            return _sum(losses, values.without)  # eq. 12
 
         self._optimiser.zero_grad(set_to_none=True)
         total = micro.backward(self._log_prob, (torch.cat([x_f, x_r]),), loss, self._micro_batch)
@@ -115,6 +122,11 @@ class PaperEngine:
 
     def _nll_of(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return nll_of(self._flow, images, n_bits=self._n_bits, generator=generator, batch=self._micro_batch)
+
+
+def _sum(terms: dict[str, Tensor], without: Sequence[str]) -> Tensor:
+    """The terms that are not left out, added up."""
+    return torch.stack([value for name, value in terms.items() if name not in without] or [torch.zeros(())]).sum()
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:

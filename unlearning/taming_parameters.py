@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from unlearning.errors import ParameterError
 
 Engine = Literal["fast", "paper"]
+LossTerm = Literal["forget", "remember", "nll", "kl_forward", "kl_reverse"]
+"""L_F; L_R; and the parts of L_R, eq. 11."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class TamingParameters:
     """paper: weight of the KL terms within L_R, eq. 11; [0, 1]. Paper: 0.6."""
     refresh_every: int = 10
     """paper: steps between refreshes of mu_R and sigma_R; [1, 10000]. Paper: 10."""
+    without: tuple[LossTerm, ...] = ()
+    """paper: terms of the objective that are left out, as in the ablation of Table 2; none."""
     keep_weight: float = 80.0
     """fast: weight of the paired keep loss against the forget loss; [0, 100000]. Measured."""
     margin: float = 0.35
@@ -63,6 +67,8 @@ class TamingParameters:
         """Check every value; raises ParameterError for the first that is wrong."""
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
+        if self.without and self.engine != "paper":
+            raise ParameterError("without", 'leaves out terms of the published objective; it asks for engine "paper"')
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TamingParameters":
@@ -77,11 +83,13 @@ class TamingParameters:
                 raise ParameterError(
                     str(name)[:80], f"is no parameter of flow taming; known: {', '.join(sorted(known))}"
                 )
-        return cls(**values)
+        terms = values.get("without")
+        return cls(**{**values, "without": tuple(terms)} if isinstance(terms, list) else values)
 
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON, with the engine's defaults filled in."""
-        return dataclasses.asdict(self.resolved())
+        values = dataclasses.asdict(self.resolved())
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def resolved(self) -> "TamingParameters":
         """The same with every null replaced by the engine's default."""
@@ -124,6 +132,13 @@ def _check(name: str, value: object) -> None:
     if name == "engine":
         if value not in get_args(Engine):
             raise ParameterError(name, f"must be one of {', '.join(get_args(Engine))}, not {value!r}")
+        return
+    if name == "without":
+        known = get_args(LossTerm)
+        if not isinstance(value, tuple) or any(term not in known for term in value) or len(set(value)) < len(value):
+            raise ParameterError(name, f"lists terms of {', '.join(known)}, each once, not {value!r}")
+        if "forget" in value and ("remember" in value or {"nll", "kl_forward", "kl_reverse"} <= set(value)):
+            raise ParameterError(name, "leaves out every loss; nothing would be learned")
         return
     if value is None and name in _OPTIONAL:
         return

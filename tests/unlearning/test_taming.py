@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from unlearning import (
     taming_fast,
 )
 from unlearning.taming_paper import gaussian_kl
+from unlearning.taming_parameters import LossTerm
 
 FAST = TamingParameters(
     max_steps=300, delta=2.0, keep_weight=2.0, learning_rate=1e-2, clip=10.0, remember_batch=24
@@ -271,6 +273,11 @@ def test_images_that_do_not_fit_are_refused(
         ({"tolerance": 1}, "tolerance"),
         ({"engine": "slow"}, "engine"),
         ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"without": ["nll"]}, "without"),
+        ({"engine": "paper", "without": ["nil"]}, "without"),
+        ({"engine": "paper", "without": ["nll", "nll"]}, "without"),
+        ({"engine": "paper", "without": ["forget", "nll", "kl_forward", "kl_reverse"]}, "without"),
+        ({"engine": "paper", "without": "nll"}, "without"),
     ],
 )
 def test_a_wrong_parameter_is_named(values: dict[str, Any], name: str) -> None:
@@ -281,8 +288,9 @@ def test_a_wrong_parameter_is_named(values: dict[str, Any], name: str) -> None:
     assert caught.value.message
 
 
-def test_parameters_survive_the_wire() -> None:
-    values = TamingParameters(delta=3.0)
+@pytest.mark.parametrize("values", [TamingParameters(delta=3.0), TamingParameters("paper", without=("kl_forward",))])
+def test_parameters_survive_the_wire(values: TamingParameters) -> None:
+    assert json.loads(json.dumps(values.to_dict())) == values.to_dict()
 
     assert TamingParameters.from_dict(values.to_dict()) == values.resolved()
 
@@ -295,3 +303,36 @@ def test_the_divergence_has_no_slope_where_both_sides_agree() -> None:
         gradients = torch.autograd.grad(divergence, (mean, std))
         assert float(divergence.detach()) == pytest.approx(0.0, abs=1e-6)
         assert all(abs(float(gradient)) < 1e-5 for gradient in gradients)
+
+
+ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    # What is left out, the weights that leave out the same, and the weight that what stays keeps.
+    "remember": ({"without": ("remember",)}, {"alpha": 1.0}, 0.6),
+    "forget": ({"without": ("forget",)}, {"alpha": 0.0}, 0.4),
+    "both divergences": ({"without": ("forget", "kl_forward", "kl_reverse")}, {"alpha": 0.0, "gamma": 0.0}, 0.4 * 0.4),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_term_left_out_is_a_term_of_weight_zero(base: Glow, forget: Tensor, remember: Tensor, name: str) -> None:
+    left_out, weightless, share = ABLATIONS[name]
+
+    first, second = (
+        tame(base, forget, remember, TamingParameters("paper", max_steps=1, **values), n_bits=N_BITS, seed=0)
+        for values in (left_out, weightless)
+    )
+
+    assert first.history[0]["loss"] == pytest.approx(share * second.history[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("term", get_args(LossTerm))
+def test_every_term_matters(base: Glow, forget: Tensor, remember: Tensor, term: LossTerm) -> None:
+    whole = _weights(base, forget, remember, TamingParameters(engine="paper", max_steps=3))
+    without = _weights(base, forget, remember, TamingParameters(engine="paper", max_steps=3, without=(term,)))
+
+    assert float((whole - without).abs().max()) > 1e-5
+
+
+def _weights(base: Glow, forget: Tensor, remember: Tensor, values: TamingParameters) -> Tensor:
+    result = tame(base, forget, remember, values, n_bits=N_BITS, seed=0)
+    return torch.cat([p.detach().flatten() for p in result.flow.parameters()])
