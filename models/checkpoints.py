@@ -123,6 +123,8 @@ def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any]
     if not isinstance(model, CheckpointedFlow) or model.family not in FAMILIES:
         raise UnknownFamilyError(f"{type(model).__name__} is of no known family ({', '.join(sorted(FAMILIES))})")
     flow = model
+    if len(flow.image_shape) != 3:
+        raise ArchitectureError(f"checkpoints hold images (c, h, w), not values of shape {tuple(flow.image_shape)}")
     channels, height, width = flow.image_shape
     if height != width:
         raise ArchitectureError(f"checkpoints hold square images, not {height} x {width}")

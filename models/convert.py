@@ -4,11 +4,10 @@ It runs in a process without network, credentials or much memory, because its in
 Code in a pickle is refused, never run: `torch.load` is called with `weights_only=True`, on archives checked beforehand.
 """
 
+import math
 import pickle  # noqa: TID251 - only for the name of the error that torch.load raises
-import re
 import shutil
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,31 +16,29 @@ from torch import Tensor, nn
 from models.checkpoints import (
     METADATA_KEY,
     Manifest,
-    build,
-    check_shapes,
     load_checkpoint,
     load_tensors,
     read_header,
     read_manifest,
     save_checkpoint,
 )
+from models.convert_glow import glow_from_state_dict
+from models.convert_tarflow import is_tarflow, tarflow_from_state_dict
 from models.errors import (
-    CheckpointError,
     CheckpointFormatError,
     ManifestError,
     MissingFactError,
-    NonFiniteError,
-    TensorMismatchError,
     UnknownFamilyError,
     UnsafeCheckpointError,
 )
 from models.families import FAMILIES
+from models.tarflow import INPUT_SCALE
+
+__all__ = ["convert"]
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """Most bytes of the index inside a torch archive; the tensors lie beside it."""
 MAX_ENTRIES = 100_000
-DERIVED = re.compile(r"\.invconv\.(u_mask|l_mask|l_eye)$")
-"""Constants of the published layout that the architecture implies."""
 
 
 def convert(
@@ -51,18 +48,20 @@ def convert(
     image_size: int | None = None,
     n_bits: int | None = None,
     family: str | None = None,
+    noise_std: float | None = None,
 ) -> Manifest:
     """Convert a checkpoint of any accepted kind to ours.
 
-    Accepted: our own files (verified and copied), and plain state dicts of the Flow Taming authors' Glow layout as
-    safetensors or as a torch archive. Everything that shapes tell is inferred.
+    Accepted: our own files (verified and copied), and plain state dicts, as safetensors or as a torch archive, of the
+    Flow Taming authors' Glow layout and of Apple's TarFlow layout. Everything that shapes tell is inferred.
 
     Args:
         source: the file as uploaded.
         destination: where the checkpoint goes.
-        image_size: side of the square image in pixels; no file of the foreign layout tells it.
-        n_bits: colour depth a channel; likewise.
+        image_size: side of the square image in pixels; no Glow file tells it, every TarFlow file does.
+        n_bits: colour depth a channel; no Glow file tells it, a TarFlow is taken to have 8.
         family: model family, where the caller knows it; otherwise told from the names.
+        noise_std: of the noise that a TarFlow was trained with, on images in [-1, 1]; only its file's name tells it.
 
     Returns:
         The manifest of the checkpoint written.
@@ -73,67 +72,38 @@ def convert(
     tensors: dict[str, Tensor]
     if _is_safetensors(source):
         if METADATA_KEY in read_header(source).metadata:
-            return _copy_through(source, destination, image_size, n_bits, family)
+            return _copy_through(source, destination, image_size, n_bits, family, noise_std)
         tensors = load_tensors(source)
     else:
         tensors = _read_torch_archive(source)
-    family = family or "glow"
+    family = family or ("tarflow" if is_tarflow(tensors) else "glow")
     if family not in FAMILIES:
         raise UnknownFamilyError(f"family {family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
-    missing = [name for name, value in (("image_size", image_size), ("n_bits", n_bits)) if value is None]
-    if image_size is None or n_bits is None:
-        raise MissingFactError(f"the file does not tell {' and '.join(missing)}; state it and send the file again")
-    model = glow_from_state_dict(tensors, image_size=image_size, n_bits=n_bits)
+    model = _from_state_dict(family, tensors, image_size, n_bits, noise_std)
     return save_checkpoint(destination, model, extra={"converted_from": "state dict"})
 
 
-def glow_from_state_dict(tensors: Mapping[str, Tensor], *, image_size: int, n_bits: int) -> nn.Module:
-    """Build our Glow from a state dict of the published layout; shapes tell everything but image size and n_bits."""
-    state = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if len(state) != len(tensors):
-        raise TensorMismatchError("some names stand both with and without 'module.'; save one state dict")
-    blocks = _count(state, re.compile(r"^blocks\.(\d+)\."))
-    steps = _count(state, re.compile(r"^blocks\.\d+\.flows\.(\d+)\."))
-    if not blocks or not steps:
-        shown = ", ".join(sorted(state)[:3]) or "none"
-        raise TensorMismatchError(f"these are no Glow weights (no blocks.B.flows.F names; found {shown})")
-    first = "blocks.0.flows.0."
-    hidden = _shape(state, first + "coupling.net.0.weight", 4)[0]
-    squeezed = _shape(state, first + "actnorm.loc", 4)[1]
-    outputs = _shape(state, first + "coupling.net.4.conv.weight", 4)[0]
-    if squeezed % 4 or outputs not in (squeezed, squeezed // 2):
-        raise TensorMismatchError(f"{first}actnorm has {squeezed} channels and its coupling {outputs}: no Glow")
-    manifest = Manifest(
-        family="glow", image_size=image_size, channels=squeezed // 4, n_bits=n_bits, tensor_digest="",
-        architecture={
-            "n_block": blocks, "n_flow": steps, "hidden": hidden, "affine": outputs == squeezed,
-            "lu": [f"blocks.{b}.flows.0.invconv.w_l" in state for b in range(blocks)],
-        },
-    )  # fmt: skip
-    model = build(manifest)
-    expected = {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
-    plain: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if DERIVED.search(name):
-            continue
-        if name.endswith(".actnorm.initialized"):
-            value = torch.ones((), dtype=torch.uint8)  # trained weights: whatever the flag says, they are initialised
-        elif name in expected and value.is_floating_point():
-            value = value.to(expected[name][0])
-        plain[name] = value.detach().clone().contiguous()
-    for name in expected:
-        if name.endswith(".actnorm.initialized"):
-            plain.setdefault(name, torch.ones((), dtype=torch.uint8))
-    check_shapes({name: (value.dtype, tuple(value.shape)) for name, value in plain.items()}, expected)
-    for name, value in plain.items():
-        if not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(f"{name} holds NaN or infinity; use an earlier checkpoint")
-    model.load_state_dict(plain, assign=True)
-    return model.requires_grad_(True).eval()
+def _from_state_dict(
+    family: str, tensors: dict[str, Tensor], image_size: int | None, n_bits: int | None, noise_std: float | None
+) -> nn.Module:
+    """The model that a foreign state dict holds, once everything is stated that it does not tell."""
+    if family == "tarflow":
+        return tarflow_from_state_dict(tensors, noise_std=noise_std, image_size=image_size, n_bits=n_bits)
+    if family != "glow":
+        raise UnknownFamilyError(f"no foreign layout of family {family!r} is known; train it here, or save it with us")
+    missing = [name for name, value in (("image_size", image_size), ("n_bits", n_bits)) if value is None]
+    if image_size is None or n_bits is None:
+        raise MissingFactError(f"the file does not tell {' and '.join(missing)}; state it and send the file again")
+    return glow_from_state_dict(tensors, image_size=image_size, n_bits=n_bits)
 
 
 def _copy_through(
-    source: Path | str, destination: Path | str, image_size: int | None, n_bits: int | None, family: str | None
+    source: Path | str,
+    destination: Path | str,
+    image_size: int | None,
+    n_bits: int | None,
+    family: str | None,
+    noise_std: float | None,
 ) -> Manifest:
     """Verify one of our own files and copy it; what the caller states must agree with its manifest."""
     manifest = read_manifest(source)
@@ -142,6 +112,10 @@ def _copy_through(
         if value is not None and value != getattr(manifest, name):
             raise ManifestError(f"{name} was stated as {value!r}; the file's manifest says {getattr(manifest, name)!r}")
     load_checkpoint(source)
+    held = manifest.architecture.get("noise_std")
+    if noise_std is not None and (held is None or not math.isclose(noise_std, held * INPUT_SCALE, rel_tol=1e-6)):
+        says = "has none" if held is None else f"says {held * INPUT_SCALE:g}"
+        raise ManifestError(f"noise_std was stated as {noise_std!r} on images in [-1, 1]; the file's manifest {says}")
     shutil.copyfile(source, destination)
     return manifest
 
@@ -208,24 +182,3 @@ def _check_archive(path: Path) -> None:
     for entry in entries:
         if entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE_BYTES:
             raise UnsafeCheckpointError(f"the archive's index has {entry.file_size:,} bytes; it was not read")
-
-
-def _count(state: Mapping[str, Tensor], pattern: re.Pattern[str]) -> int:
-    """One more than the highest index that the pattern finds, capped so that a name cannot make us allocate."""
-    found = [int(match.group(1)[:6]) for name in state if (match := pattern.match(name))]
-    highest = max(found, default=-1) + 1
-    if highest > len(state):
-        raise TensorMismatchError(f"index {highest - 1} is named but only {len(state)} tensors are there")
-    return highest
-
-
-def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in state:
-        raise TensorMismatchError(f"{name} is missing; save the whole state dict")
-    shape = tuple(state[name].shape)
-    if len(shape) != dimensions:
-        raise TensorMismatchError(f"{name} has shape {list(shape)}; it needs {dimensions} dimensions")
-    return shape
-
-
-__all__ = ["CheckpointError", "convert", "glow_from_state_dict"]

@@ -4,8 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.autoregressive import IAF, MAF
+from models.class_prior import ClassPriorFlow
 from models.glow import Glow
 from models.protocol import CheckpointedFlow
+from models.realnvp import RealNVP
+from models.tarflow import TarFlow
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -28,5 +32,32 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "glow": Family(Glow, {"n_block": int, "n_flow": int, "hidden": int, "affine": bool, "lu": list}),
+    "realnvp": Family(RealNVP, {"n_block": int, "n_flow": int, "hidden": int, "depth": int}),
+    "maf": Family(MAF, {"n_flow": int, "hidden": int, "depth": int}),
+    "iaf": Family(IAF, {"n_flow": int, "hidden": int, "depth": int}),
+    "tarflow": Family(
+        TarFlow,
+        {
+            "patch_size": int,
+            "width": int,
+            "n_block": int,
+            "n_layer": int,
+            "head_width": int,
+            "noise_std": float,
+            "n_classes": int,
+        },
+    ),
+    "class-prior": Family(
+        ClassPriorFlow,
+        {
+            "patch_size": int,
+            "width": int,
+            "n_block": int,
+            "n_layer": int,
+            "head_width": int,
+            "noise_std": float,
+            "n_classes": int,
+        },
+    ),
 }
 """By the name that stands in a manifest, which is the class's `family`."""

@@ -11,18 +11,23 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from models.architecture import check_halvings, check_image, check_ranges
+from models.convolutions import Conv, ZeroConv, as_tensor
 from models.errors import ArchitectureError
 
 MAX_BLOCKS = 10
 MAX_FLOWS = 256
 MAX_HIDDEN = 4096
-MAX_CHANNELS = 64
-MAX_IMAGE_SIZE = 1024
-INIT_STD = 0.05
-"""Standard deviation of the first two convolutions of a coupling net at initialisation."""
-ZERO_CONV_GAIN = 3.0
-"""A zero convolution's output is multiplied by exp(3 scale), so that its scale learns three times as fast."""
+RECOMPUTE_BYTES = 32 * 2**20
+"""A step that would keep more than this for its backward pass keeps its input alone, and is computed a second time.
+
+The paper's flow keeps 1.07 GiB an image without (128 steps, of which the first 32 keep 24 MiB each). A flow of as many
+steps then keeps at most 4 GiB, whatever the batch, and small flows pay nothing. Gradients have the same bits.
+"""
+KEPT_TENSORS = 3
+"""Tensors of the coupling net's hidden width that autograd keeps: two activations, and the padded second one."""
 
 
 class ActNorm(nn.Module):
@@ -99,52 +104,6 @@ class InvConvLU(nn.Module):
         return self.w_p @ lower @ upper, self.w_s.sum()
 
 
-class Conv(nn.Module):
-    """A convolution that keeps height and width, zero-padded; weights are set by `reset`, never by a global seed."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs, kernel, kernel))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Start from N(0, 0.05^2) weights and no bias."""
-        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * INIT_STD)
-        self.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, inputs, h, w) -> (b, outputs, h, w)."""
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
-
-
-class UnpaddedConv(nn.Module):
-    """The 3x3 convolution inside a zero convolution, whose padding its owner does."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, inputs, h + 2, w + 2) -> (b, outputs, h, w)."""
-        return F.conv2d(x, self.weight, self.bias)
-
-
-class ZeroConv(nn.Module):
-    """A 3x3 convolution that starts at zero; padded with ONES, so that it sees the border, and scaled by exp(3 s)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = UnpaddedConv(inputs, outputs)
-        self.scale = nn.Parameter(torch.zeros(1, outputs, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, inputs, h, w) -> (b, outputs, h, w)."""
-        padded = F.pad(x, (1, 1, 1, 1), value=1.0)  # (b, inputs, h + 2, w + 2)
-        return _as_tensor(self.conv(padded)) * torch.exp(self.scale * ZERO_CONV_GAIN)
-
-
 class Coupling(nn.Module):
     """The first half of the channels moves the second: b' = b + t(a), or affine b' = (b + t(a)) sigmoid(s(a) + 2)."""
 
@@ -161,8 +120,8 @@ class Coupling(nn.Module):
         """(b, c, h, w) -> the same shape, and log|det| (b,), or None where it is zero."""
         a, b = x.chunk(2, dim=1)  # 2 x (b, c/2, h, w)
         if not self.affine:
-            return torch.cat([a, b + _as_tensor(self.net(a))], dim=1), None
-        s, t = _as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+            return torch.cat([a, b + as_tensor(self.net(a))], dim=1), None
+        s, t = as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
         log_scale = F.logsigmoid(s + 2.0)
         return torch.cat([a, (b + t) * log_scale.exp()], dim=1), log_scale.sum(dim=(1, 2, 3))
 
@@ -170,8 +129,8 @@ class Coupling(nn.Module):
         """The exact inverse of `forward`'s map."""
         a, b = y.chunk(2, dim=1)  # 2 x (b, c/2, h, w)
         if not self.affine:
-            return torch.cat([a, b - _as_tensor(self.net(a))], dim=1)
-        s, t = _as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
+            return torch.cat([a, b - as_tensor(self.net(a))], dim=1)
+        s, t = as_tensor(self.net(a)).chunk(2, dim=1)  # 2 x (b, c/2, h, w)
         return torch.cat([a, b * torch.exp(-F.logsigmoid(s + 2.0)) - t], dim=1)
 
 
@@ -183,6 +142,16 @@ class FlowStep(nn.Module):
         self.actnorm = ActNorm(channels)
         self.invconv: InvConv | InvConvLU = InvConvLU(channels) if lu else InvConv(channels)
         self.coupling = Coupling(channels, hidden, affine)
+        self._hidden = hidden
+
+    def recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, of which autograd keeps x alone: what happens in between is computed again on the way back."""
+        y, log_det = checkpoint(self, x, use_reentrant=False, preserve_rng_state=False)
+        return as_tensor(y), as_tensor(log_det)
+
+    def kept_bytes(self, x: Tensor) -> int:
+        """What autograd would keep of `forward` for (b, c, h, w), in bytes: the activations of the coupling net."""
+        return KEPT_TENSORS * x.shape[0] * self._hidden * x.shape[2] * x.shape[3] * x.element_size()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b, c, h, w) -> the same shape, and log|det|, (b,) or a scalar that every image shares."""
@@ -216,30 +185,34 @@ class Block(nn.Module):
         self.flows = nn.ModuleList(FlowStep(squeezed, hidden, affine, lu) for _ in range(flows))
         self.prior = ZeroConv(channels * 2, channels * 4) if split else ZeroConv(squeezed, squeezed * 2)
 
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor, recompute_bytes: int) -> tuple[Tensor, Tensor]:
         """Squeeze and flow: (b, c, h, w) -> (b, 4c, h/2, w/2), and log|det| (b,)."""
         h = _squeeze(x)  # (b, 4c, h/2, w/2)
         log_det = x.new_zeros(x.shape[0])
-        for step in self.flows:
-            h, term = step(h)
+        recompute = torch.is_grad_enabled() and self._steps()[0].kept_bytes(h) > recompute_bytes
+        for step in self._steps():
+            h, term = step.recomputed(h) if recompute else step(h)
             log_det = log_det + term
         return h, log_det
 
     def factor_out(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """What stays (or None at the last scale), what leaves as eps, and log|det| (b,)."""
         kept, z = h.chunk(2, dim=1) if self.split else (torch.zeros_like(h), h)
-        mean, log_sd = _as_tensor(self.prior(kept)).chunk(2, dim=1)
+        mean, log_sd = as_tensor(self.prior(kept)).chunk(2, dim=1)
         eps = (z - mean) * torch.exp(-log_sd)
         return (kept if self.split else None), eps, -log_sd.sum(dim=(1, 2, 3))
 
     def inverse(self, kept: Tensor | None, eps: Tensor) -> Tensor:
         """From what stayed and what left back to the block's input."""
-        mean, log_sd = _as_tensor(self.prior(torch.zeros_like(eps) if kept is None else kept)).chunk(2, dim=1)
+        mean, log_sd = as_tensor(self.prior(torch.zeros_like(eps) if kept is None else kept)).chunk(2, dim=1)
         z = eps * torch.exp(log_sd) + mean
         h = z if kept is None else torch.cat([kept, z], dim=1)  # (b, 4c, h/2, w/2)
-        for step in reversed(list(self.flows)):
-            h = step.inverse(h) if isinstance(step, FlowStep) else h
+        for step in reversed(self._steps()):
+            h = step.inverse(h)
         return _unsqueeze(h)  # (b, c, h, w)
+
+    def _steps(self) -> list[FlowStep]:
+        return [step for step in self.flows if isinstance(step, FlowStep)]
 
 
 class Glow(nn.Module):
@@ -274,16 +247,19 @@ class Glow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        flags = [lu] * n_block if isinstance(lu, bool) else list(lu)
-        _check_architecture(image_shape, n_bits, n_block, n_flow, hidden, flags)
-        channels, height, width = (int(side) for side in image_shape)
-        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self.image_shape: tuple[int, int, int] = check_image(image_shape, n_bits)
+        check_ranges(
+            {"n_block": (n_block, 1, MAX_BLOCKS), "n_flow": (n_flow, 1, MAX_FLOWS), "hidden": (hidden, 1, MAX_HIDDEN)}
+        )
+        check_halvings(image_shape, n_block)
+        flags = _one_flag_a_block(lu, n_block)
         self.n_bits = n_bits
+        self.recompute_bytes = RECOMPUTE_BYTES
         self.architecture: dict[str, Any] = {
             "n_block": n_block, "n_flow": n_flow, "hidden": hidden, "affine": affine, "lu": flags,
         }  # fmt: skip
         self.blocks = nn.ModuleList(
-            Block(channels * 2**i, n_flow, hidden, split=i < n_block - 1, affine=affine, lu=flags[i])
+            Block(self.image_shape[0] * 2**i, n_flow, hidden, split=i < n_block - 1, affine=affine, lu=flags[i])
             for i in range(n_block)
         )
         if generator is not None:
@@ -364,7 +340,7 @@ class Glow(nn.Module):
         latents: list[Tensor] = []
         h, log_det = x, x.new_zeros(x.shape[0])
         for block in self._scales()[:-1]:
-            h, term = block.transform(h)
+            h, term = block.transform(h, self.recompute_bytes)
             kept, eps, prior_term = block.factor_out(h)
             h = eps if kept is None else kept
             latents.append(eps)
@@ -374,7 +350,7 @@ class Glow(nn.Module):
     def _last_scale(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The last latent and its log|det| (b,)."""
         block = self._scales()[-1]
-        h, log_det = block.transform(h)
+        h, log_det = block.transform(h, self.recompute_bytes)
         _, eps, prior_term = block.factor_out(h)
         return eps, log_det + prior_term
 
@@ -410,27 +386,8 @@ def _log_normal(latents: Sequence[Tensor], like: Tensor) -> Tensor:
     return total
 
 
-def _as_tensor(value: Any) -> Tensor:
-    """Modules are untyped callables; this gives their one output its type."""
-    return value  # type: ignore[no-any-return]
-
-
-def _check_architecture(
-    image_shape: Sequence[int], n_bits: int, n_block: int, n_flow: int, hidden: int, lu: Sequence[bool]
-) -> None:
-    """Refuse what cannot be built, with the value, before anything is allocated."""
-    if len(image_shape) != 3:
-        raise ArchitectureError(f"image_shape is (channels, height, width), not {tuple(image_shape)}")
-    ranges = {
-        "n_bits": (n_bits, 1, 8), "n_block": (n_block, 1, MAX_BLOCKS), "n_flow": (n_flow, 1, MAX_FLOWS),
-        "hidden": (hidden, 1, MAX_HIDDEN), "channels": (image_shape[0], 1, MAX_CHANNELS),
-        "height": (image_shape[1], 2, MAX_IMAGE_SIZE), "width": (image_shape[2], 2, MAX_IMAGE_SIZE),
-    }  # fmt: skip
-    for name, (value, low, high) in ranges.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ArchitectureError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-    for side in image_shape[1:]:
-        if side % 2**n_block:
-            raise ArchitectureError(f"a side of {side} pixels cannot be halved {n_block} times; use a power of two")
-    if len(lu) != n_block or not all(isinstance(flag, bool) for flag in lu):
-        raise ArchitectureError(f"lu takes one flag a block: {n_block} flags, not {list(lu)!r}")
+def _one_flag_a_block(lu: bool | Sequence[bool], n_block: int) -> list[bool]:
+    flags = [lu] * n_block if isinstance(lu, bool) else list(lu)
+    if len(flags) != n_block or not all(isinstance(flag, bool) for flag in flags):
+        raise ArchitectureError(f"lu takes one flag a block: {n_block} flags, not {flags!r}")
+    return flags

@@ -14,6 +14,8 @@ from torch import Tensor
 from models.errors import CheckpointError
 from models.images import denoised, flow_input, to_uint8
 from models.protocol import CheckpointedFlow
+from models.tarflow import TarFlow
+from models.tarflow_sampling import fastest
 
 SEED = 0
 TEMPERATURE = 0.7
@@ -31,10 +33,15 @@ LEAST_IN_WIDE = 0.5
 USUAL_IN_RANGE = 0.75
 """Share of the samples' pixels in [-0.5, 0.5) below which a warning is due; flows of black drawings go down to 0.55."""
 MOST_EXCESS = 1.0
-"""Bits per dimension above n_bits, which is the cost of uniform noise. Flows fresh from their actnorm start reach 0.3
-on noise and lie below 0 on images; weights that never saw an image lie above 1.4."""
+"""Bits per dimension above the cost of uniform noise, which is n_bits where images are dequantised. Flows fresh from
+their actnorm start reach 0.3 on noise and lie below 0 on images; weights that never saw an image lie above 1.4."""
+MOST_EXCESS_UNSHAPED = 2.0
+"""The same for flows over images with Gaussian noise, whose start no data shape: fresh ones reach 1.2."""
 LEAST_BITS = -0.75
-"""Bits per dimension of the samples. Dequantised images keep a flow above 0, and so above -0.4 at this temperature."""
+"""Bits per dimension of the samples, above those of the noise that images carry. That noise keeps a flow above 0, and
+so above -0.5 at this temperature."""
+NOISE_REACH = 2.0
+"""In its standard deviations: how far Gaussian noise may take samples beyond the range of images."""
 
 
 class UnusableFlowError(CheckpointError):
@@ -64,14 +71,16 @@ def probe(flow: CheckpointedFlow) -> list[str]:
         UnusableFlowError: the samples or their likelihoods are not finite; the samples lie outside of the image range;
             an image does not survive forward and inverse to 1 / 256 of the range; or n_bits is implausible.
     """
-    drawn = _draw(flow)  # (n, c, h, w)
-    samples = drawn[torch.isfinite(drawn).flatten(1).all(dim=1)]  # (m, c, h, w)
+    drawn, latents = _draw(flow)  # (n, c, h, w)
+    whole = torch.isfinite(drawn).flatten(1).all(dim=1)  # (n,)
+    samples = drawn[whole]  # (m, c, h, w)
     if not len(samples):
         raise UnusableFlowError(
             "the samples of the flow hold NaN or infinity: a scale of 0 or a singular 1x1 convolution has no inverse; "
             "use an earlier checkpoint"
         )
-    warnings = _check_range(samples)
+    noise = float(getattr(flow, "noise_std", 0.0))
+    warnings = _check_range(samples, NOISE_REACH * noise)
     generator = torch.Generator().manual_seed(SEED)
     images = flow_input(flow, to_uint8(denoised(flow, samples), flow.n_bits), flow.n_bits, generator)
     own, read = _bits_per_dim(flow, samples), _bits_per_dim(flow, images)
@@ -80,9 +89,11 @@ def probe(flow: CheckpointedFlow) -> list[str]:
             "the log-likelihood of the flow's own samples is not finite in float32: a scale or the diagonal of a 1x1 "
             "convolution is too large or too small; use an earlier checkpoint"
         )
-    if isinstance(flow, _Invertible):
-        _check_round_trip(flow, images)
-    warnings += _check_depth(own, read, flow.n_bits)
+    if isinstance(flow, _Invertible) and latents is not None:  # the inverse is slow: the one that drew will do
+        _check_return(flow.forward(samples)[0], latents[whole])
+    elif isinstance(flow, _Invertible):
+        _check_return(flow.inverse(flow.forward(images)[0]), images)
+    warnings += _check_noise(own, read, noise) if noise > 0 else _check_depth(own, read, flow.n_bits)
     if len(samples) < len(drawn):
         warnings.append(
             f"{len(drawn) - len(samples)} of {len(drawn)} samples hold NaN or infinity; "
@@ -91,24 +102,31 @@ def probe(flow: CheckpointedFlow) -> list[str]:
     return warnings
 
 
-def _draw(flow: CheckpointedFlow) -> Tensor:
+def _draw(flow: CheckpointedFlow) -> tuple[Tensor, Tensor | None]:
+    """Samples, and the latents that they were made of where these are one tensor."""
     count = max(FEWEST_SAMPLES, min(MAX_SAMPLES, MAX_VALUES // math.prod(flow.image_shape)))
+    generator = torch.Generator().manual_seed(SEED)
+    if type(flow) is TarFlow:  # its heirs may have latents of another law
+        latents = torch.randn(count, *flow.latent_shape, generator=generator) * TEMPERATURE
+        return fastest(flow, latents.to(flow.var)).images, latents.to(flow.var)
     try:
-        return flow.sample(count, generator=torch.Generator().manual_seed(SEED), temperature=TEMPERATURE)
+        return flow.sample(count, generator=generator, temperature=TEMPERATURE), None
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, yet missing from its __all__
         raise UnusableFlowError(
             "the flow cannot be sampled: a 1x1 convolution is singular, so it has no inverse; use an earlier checkpoint"
         ) from error
 
 
-def _check_range(samples: Tensor) -> list[str]:
-    wide = float((samples.abs() <= WIDE).float().mean())
+def _check_range(samples: Tensor, reach: float) -> list[str]:
+    """Judge where the pixels lie; noise may take them so far beyond the range of images."""
+    wide = float((samples.abs() <= WIDE + reach).float().mean())
     if wide < LEAST_IN_WIDE:
         raise UnusableFlowError(
-            f"only {wide:.0%} of the pixels of the flow's samples lie in [-{WIDE}, {WIDE}]; images are scaled to "
-            "[-0.5, 0.5): the flow is untrained, or was trained on images of another scale; train it on this one"
+            f"only {wide:.0%} of the pixels of the flow's samples lie in [-{WIDE + reach:g}, {WIDE + reach:g}]; images "
+            "are scaled to [-0.5, 0.5): the flow is untrained, or was trained on images of another scale; train it on "
+            "this one"
         )
-    within = float(((samples >= -0.5) & (samples < 0.5)).float().mean())
+    within = float(((samples >= -0.5 - reach) & (samples < 0.5 + reach)).float().mean())
     if within >= USUAL_IN_RANGE:
         return []
     return [
@@ -117,9 +135,9 @@ def _check_range(samples: Tensor) -> list[str]:
     ]
 
 
-def _check_round_trip(flow: _Invertible, images: Tensor) -> None:
-    back = flow.inverse(flow.forward(images)[0])
-    error = _median((back - images).abs().flatten(1).amax(dim=1))
+def _check_return(back: Tensor, given: Tensor) -> None:
+    """Judge what came back through both directions of a flow against what was given, (n, ...) both."""
+    error = _median((back - given).abs().flatten(1).amax(dim=1))
     if not error <= ROUND_TRIP_TOLERANCE:
         raise UnusableFlowError(
             f"the flow does not invert itself in float32: an image comes back {error:.2g} off, the most is "
@@ -142,6 +160,24 @@ def _check_depth(own: float, read: float, n_bits: int) -> list[str]:
             "or train it on images in [-0.5, 0.5)"
         )
     return [f"{said}: the flow is hardly trained, or not at this n_bits"] if read >= n_bits else []
+
+
+def _check_noise(own: float, read: float, noise_std: float) -> list[str]:
+    """Judge the stated noise likewise: a density cannot be narrower than the noise on what it is over."""
+    floor = math.log2(noise_std * math.sqrt(2 * math.pi * math.e))  # of N(0, noise_std^2), in bits per dimension
+    if own - floor < LEAST_BITS:
+        raise UnusableFlowError(
+            f"noise_std = {noise_std:g} is implausible: the flow's samples have {own - floor:.2f} bits per dimension "
+            "above that noise; a flow trained with it has 0 or more: state the noise_std that it was trained with"
+        )
+    if read > MOST_EXCESS_UNSHAPED:
+        raise UnusableFlowError(
+            f"the flow is untrained, or trained on images of another scale: images made of its samples cost {read:.2f} "
+            "bits per dimension more than uniform noise; train it on images in [-0.5, 0.5)"
+        )
+    return (
+        [f"images made of the flow's samples cost {read:.2f} bits more than noise: hardly trained"] if read >= 0 else []
+    )
 
 
 def _bits_per_dim(flow: CheckpointedFlow, x: Tensor) -> float:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 @runtime_checkable
-class Flow(Protocol):
-    """A density over images in [-0.5, 0.5) with exact likelihoods; the least an unlearning method needs."""
+class Density(Protocol):
+    """A density over images in [-0.5, 0.5) with exact likelihoods; the least that flow taming needs."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of each image.
@@ -20,6 +20,19 @@ class Flow(Protocol):
             (b,) in nats, float32, each value independent of its batch mates.
         """
         ...
+
+
+class Sampler(Protocol):
+    """What a foreign flow offers to draw with; its randomness is torch's global one."""
+
+    def sample(self, n: int) -> Tensor:
+        """Draw n images, (n, c, h, w)."""
+        ...
+
+
+@runtime_checkable
+class Flow(Density, Protocol):
+    """A density that can be drawn from with passed randomness: what the flows of this room are at least."""
 
     def sample(self, n: int, *, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
         """Draw n images, (n, c, h, w); the standard deviation of every latent is scaled by `temperature`."""

@@ -1,9 +1,11 @@
 """Maximum-likelihood training of a flow on uint8 images: small, seeded, bounded by steps or by time."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,17 @@ from models.augmentation import augment
 from models.errors import ModelError
 from models.images import flow_input
 from models.protocol import Flow
+
+UNLABELLED = -1
+"""The label of an image whose class a conditional flow is not told."""
+MOST_SKIPPED = 10
+"""Steps running whose loss may be not finite before the training is given up."""
+INITIAL_IMAGES = 256
+"""Most images that a data-dependent start looks at."""
+
+
+class TrainingError(ModelError):
+    """A training cannot begin as asked, or its loss was lost: lower the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,22 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True)
+class TransformerRecipe(TrainingRecipe):
+    """What a TarFlow's training has on top: AdamW, dropped labels, bfloat16 (Zhai et al., 2024, app. A).
+
+    A type of its own, so that the fields of `TrainingRecipe`, and with them the keys of caches, stay as they are.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decays."""
+    weight_decay: float = 1e-4
+    label_drop: float = 0.1
+    """Share of labels that become "no class", so that a conditional flow learns the unconditional density too."""
+    bf16: bool = True
+    """Whether matrix products may run in bfloat16, on devices that are made for it; likelihoods stay float32."""
+
+
+@dataclass(frozen=True)
 class TrainingProgress:
     """One report of a running training."""
 
@@ -50,6 +79,189 @@ class TrainingProgress:
     """Running mean over the last reports' batches."""
 
 
+@runtime_checkable
+class LabelledFlow(Protocol):
+    """A flow of classes: its likelihood is asked for beside a label."""
+
+    n_classes: int
+
+    def log_prob(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """log p(x | label), (b,) nats; labels (b,), -1 where there is none."""
+        ...
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A flow with a data-dependent start."""
+
+    def initialize(self, x: Tensor) -> None:
+        """Set what depends on the data from a batch x, (b, c, h, w), of the flow's input."""
+        ...
+
+
+class Training:
+    """A training that can be left and taken up again between two steps: one `step` after the other, then `finish`.
+
+    Args:
+        flow: a module that is a `models.protocol.Flow`, started by the caller (see `start`); trained in place.
+        images: uint8 (n, c, h, w), on any device; batches go to the flow's device.
+        recipe: how.
+        n_bits: colour depth.
+        generator: draws batches, augmentation, noise and dropped labels; on the CPU.
+        labels: the class of each image, (n,) from 0, for a flow of classes.
+
+    Raises:
+        TrainingError: the flow is none, the recipe has no bound, or the labels do not fit.
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        images: Tensor,
+        recipe: TrainingRecipe,
+        *,
+        n_bits: int,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
+    ) -> None:
+        if not isinstance(flow, Flow):
+            raise TrainingError(f"{type(flow).__name__} has no log_prob and sample; it is no flow")
+        if recipe.steps is None and recipe.seconds is None:
+            raise TrainingError("the recipe must bound steps or seconds")
+        _check_labels(flow, labels, len(images))
+        self._module, self._flow, self._images = flow, cast(Flow, flow), images
+        self._labels = labels.cpu() if labels is not None else None
+        self._recipe, self._n_bits, self._generator = recipe, n_bits, generator
+        self._own = recipe if isinstance(recipe, TransformerRecipe) else None
+        self._device = next(flow.parameters()).device
+        self._parameters = dict(flow.named_parameters())
+        self._optimiser = self._make_optimiser()
+        self._mean = [p.detach().clone() for p in flow.parameters()] if recipe.average else []
+        self._began, self._running, self._skipped = time.monotonic(), math.nan, 0
+        self.steps = 0
+        """Steps taken."""
+        set_memory_format(flow.train(), torch.channels_last)  # convolutions run faster so
+
+    def share(self) -> float:
+        """How much of the training is done; 1 or more: all of it."""
+        recipe = self._recipe
+        return max(
+            self.steps / recipe.steps if recipe.steps is not None else 0.0,
+            self.elapsed() / recipe.seconds if recipe.seconds is not None else 0.0,
+        )
+
+    def step(self, share: float) -> None:
+        """One optimiser step on a batch, at the learning rate of that share of the training."""
+        recipe = self._recipe
+        for group in self._optimiser.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * share))
+            decay = recipe.final_share + (1 - recipe.final_share) * cosine
+            group["lr"] = recipe.learning_rate * min(1.0, (self.steps + 1) / recipe.warmup) * decay
+        loss = self._loss()
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), recipe.clip)
+        self.steps += 1
+        if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):
+            self._skipped += 1
+            if self._skipped == MOST_SKIPPED:
+                raise TrainingError(
+                    f"the loss was not finite ten times running at step {self.steps}; lower the learning rate"
+                )
+            return
+        self._skipped = 0
+        self._optimiser.step()
+        self._follow_mean()
+        dims = math.prod(self._images.shape[1:])
+        bits = float(loss.detach()) / (dims * math.log(2)) + self._n_bits
+        self._running = bits if math.isnan(self._running) else 0.95 * self._running + 0.05 * bits
+
+    def elapsed(self) -> float:
+        """Seconds since the beginning, over all attempts of a resumed training."""
+        return time.monotonic() - self._began
+
+    def progress(self, share: float) -> TrainingProgress:
+        """Where the training is, given the share at the last step's start."""
+        elapsed = self.elapsed()
+        total = self._recipe.seconds if self._recipe.seconds is not None else elapsed / max(share, 1e-6)
+        return TrainingProgress(self.steps, elapsed, total, self._running)
+
+    def finish(self) -> float:
+        """Put the result's weights in place; returns the last running mean of the loss in bits per dimension."""
+        if self._mean:
+            with torch.no_grad():
+                for kept, now in zip(self._mean, self._module.parameters(), strict=True):
+                    now.copy_(kept)
+        set_memory_format(self._module.eval(), torch.contiguous_format)
+        return self._running
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, on the CPU."""
+        counters = [float(self.steps), self.elapsed(), self._running, float(self._skipped)]
+        state = {"counters": torch.tensor(counters, dtype=torch.float64), "generator": self._generator.get_state()}
+        for name, value in self._module.state_dict().items():
+            state[f"flow/{name}"] = value
+        for name, p in self._parameters.items():
+            for kind, value in self._optimiser.state.get(p, {}).items():
+                state[f"optimiser/{kind}/{name}"] = value
+        for index, value in enumerate(self._mean):
+            state[f"mean/{index}"] = value
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of `tensors`, on a training that was built in the same way."""
+        steps, elapsed, self._running, skipped = (float(value) for value in tensors["counters"])
+        self.steps, self._skipped, self._began = int(steps), int(skipped), time.monotonic() - elapsed
+        self._generator.set_state(tensors["generator"])
+        for name, value in self._module.state_dict().items():
+            value.copy_(tensors[f"flow/{name}"])
+        for name, value in tensors.items():
+            if name.startswith("optimiser/"):
+                _, kind, owner = name.split("/", 2)
+                p = self._parameters[owner]
+                like = torch.zeros_like(p) if value.ndim else torch.zeros((), device=p.device)
+                self._optimiser.state[p][kind] = like.copy_(value)
+        for index, kept in enumerate(self._mean):
+            kept.copy_(tensors[f"mean/{index}"])
+
+    def _loss(self) -> Tensor:
+        """Mean nll, in nats, of a batch that is drawn here."""
+        recipe, generator = self._recipe, self._generator
+        rows = torch.randint(len(self._images), (recipe.batch,), generator=generator)
+        batch = augment(self._images[rows.to(self._images.device)], generator, flip=recipe.flip, shift=recipe.shift)
+        x = flow_input(self._flow, batch.cpu(), self._n_bits, generator).to(self._device)
+        with self._precision():
+            if self._labels is None:
+                return -self._flow.log_prob(x).mean()
+            labels = self._labels[rows]
+            if self._own is not None and self._own.label_drop:
+                dropped = torch.rand(len(labels), generator=generator) < self._own.label_drop
+                labels = labels.masked_fill(dropped, UNLABELLED)
+            return -cast(LabelledFlow, self._flow).log_prob(x, labels.to(self._device)).mean()
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        able = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if self._own is None or not self._own.bf16 or not able:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def _make_optimiser(self) -> torch.optim.Optimizer:
+        parameters, rate = self._parameters.values(), self._recipe.learning_rate
+        if self._own is None:
+            return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=True)
+        own = self._own
+        return torch.optim.AdamW(parameters, lr=rate, betas=own.betas, weight_decay=own.weight_decay, fused=True)
+
+    def _follow_mean(self) -> None:
+        if not self._mean:
+            return
+        decay = min(self._recipe.average, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for kept, now in zip(self._mean, self._module.parameters(), strict=True):
+                kept.lerp_(now, 1 - decay)
+
+
 def fit_flow(
     flow: nn.Module,
     images: Tensor,
@@ -57,78 +269,39 @@ def fit_flow(
     *,
     n_bits: int,
     generator: torch.Generator,
+    labels: Tensor | None = None,
     callback: Callable[[TrainingProgress], None] | None = None,
     report_every: int = 20,
 ) -> float:
     """Train in place; returns the last running mean of the loss in bits per dimension.
 
     Args:
-        flow: a module that is a `models.protocol.Flow`, started (its actnorms initialised) by the caller.
+        flow: a module that is a `models.protocol.Flow`, started by the caller (see `start`).
         images: uint8 (n, c, h, w), on any device; batches go to the flow's device.
         recipe: how.
         n_bits: colour depth.
-        generator: draws batches, augmentation and noise; on the CPU.
+        generator: draws batches, augmentation, noise and dropped labels; on the CPU.
+        labels: the class of each image, (n,) from 0, for a flow of classes; a share of them is dropped if the recipe
+            says so.
         callback: gets a report every `report_every` steps.
         report_every: in steps.
 
     Raises:
-        ModelError: the loss was not finite ten times running, or the recipe has no bound.
+        TrainingError: the loss was not finite ten times running, the recipe has no bound, or the labels do not fit.
     """
-    if not isinstance(flow, Flow):
-        raise ModelError(f"{type(flow).__name__} has no log_prob and sample; it is no flow")
-    if recipe.steps is None and recipe.seconds is None:
-        raise ModelError("the recipe must bound steps or seconds")
-    device = next(flow.parameters()).device
-    dims = math.prod(images.shape[1:])
-    optimiser = torch.optim.Adam(flow.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
-    mean_weights = [p.detach().clone() for p in flow.parameters()] if recipe.average else []
-    start = time.monotonic()
-    running, skipped, step = math.nan, 0, 0
-    set_memory_format(flow.train(), torch.channels_last)  # convolutions run faster so
-    while True:
-        elapsed = time.monotonic() - start
-        share = max(
-            step / recipe.steps if recipe.steps is not None else 0.0,
-            elapsed / recipe.seconds if recipe.seconds is not None else 0.0,
-        )
-        if share >= 1.0:
-            break
-        for group in optimiser.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * share))
-            decay = recipe.final_share + (1 - recipe.final_share) * cosine
-            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup) * decay
-        rows = torch.randint(len(images), (recipe.batch,), generator=generator)
-        batch = augment(images[rows.to(images.device)], generator, flip=recipe.flip, shift=recipe.shift)
-        x = flow_input(flow, batch.cpu(), n_bits, generator).to(device)
-        loss = -flow.log_prob(x).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), recipe.clip)
-        step += 1
-        if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):
-            skipped += 1
-            if skipped == 10:
-                raise ModelError(f"the loss was not finite ten times running at step {step}; lower the learning rate")
-            continue
-        skipped = 0
-        optimiser.step()
-        if mean_weights:
-            decay = min(recipe.average, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for kept, now in zip(mean_weights, flow.parameters(), strict=True):
-                    kept.lerp_(now, 1 - decay)
-        bits = float(loss.detach()) / (dims * math.log(2)) + n_bits
-        running = bits if math.isnan(running) else 0.95 * running + 0.05 * bits
-        if callback is not None and step % report_every == 0:
-            elapsed = time.monotonic() - start
-            total = recipe.seconds if recipe.seconds is not None else elapsed / max(share, 1e-6)
-            callback(TrainingProgress(step, elapsed, total, running))
-    if mean_weights:
-        with torch.no_grad():
-            for kept, now in zip(mean_weights, flow.parameters(), strict=True):
-                now.copy_(kept)
-    set_memory_format(flow.eval(), torch.contiguous_format)
-    return running
+    training = Training(flow, images, recipe, n_bits=n_bits, generator=generator, labels=labels)
+    while (share := training.share()) < 1.0:
+        training.step(share)
+        if callback is not None and training.steps % report_every == 0:
+            callback(training.progress(share))
+    return training.finish()
+
+
+def start(flow: nn.Module, images: Tensor, *, n_bits: int, generator: torch.Generator) -> None:
+    """The data-dependent start of a flow that has one, on its input made of up to 256 uint8 images (n, c, h, w)."""
+    if isinstance(flow, Startable):
+        x = flow_input(flow, images[:INITIAL_IMAGES].cpu(), n_bits, generator)
+        flow.initialize(x.to(next(flow.parameters()).device))
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -139,14 +312,41 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
 
 
 @torch.no_grad()
-def bits_per_dim(flow: Flow, images: Tensor, *, n_bits: int, generator: torch.Generator, batch: int = 128) -> Tensor:
-    """-log2 of the probability of each uint8 image (n, c, h, w), per dimension, on one noise draw: (n,).
+def bits_per_dim(
+    flow: Flow, images: Tensor, *, n_bits: int, generator: torch.Generator, labels: Tensor | None = None,
+    batch: int = 128,
+) -> Tensor:  # fmt: skip
+    """-log2 of the probability of each uint8 image (n, c, h, w), per dimension, on one noise draw: (n,), on the CPU.
 
-    The density over [-0.5, 0.5) becomes a probability of the 2^n_bits levels by adding n_bits.
+    The density over [-0.5, 0.5) becomes a probability of the 2^n_bits levels by adding n_bits. For a flow over images
+    with Gaussian noise it is the noisy image's density in the same unit: to compare two such flows, not with others.
     """
     dims = math.prod(images.shape[1:])
-    parts = [
-        -flow.log_prob(flow_input(flow, part, n_bits, generator)) / (dims * math.log(2)) + n_bits
-        for part in torch.split(images, batch)
-    ]
+    parts = []
+    for rows in torch.split(torch.arange(len(images)), batch):
+        x = flow_input(flow, images[rows], n_bits, generator).to(_device_of(flow))
+        if labels is None:
+            log_prob = flow.log_prob(x)
+        else:
+            log_prob = cast(LabelledFlow, flow).log_prob(x, labels[rows].to(x.device))
+        parts.append(-log_prob.cpu() / (dims * math.log(2)) + n_bits)
     return torch.cat(parts)
+
+
+def _device_of(flow: Flow) -> torch.device:
+    first = next(flow.parameters(), None) if isinstance(flow, nn.Module) else None
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _check_labels(flow: nn.Module, labels: Tensor | None, count: int) -> None:
+    if labels is None:
+        return
+    classes = int(getattr(flow, "n_classes", 0) or 0)
+    if not classes:
+        raise TrainingError(f"{type(flow).__name__} has no classes, so it takes no labels")
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise TrainingError(f"labels are one whole number (int64) an image, ({count},), not {tuple(labels.shape)}")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise TrainingError(
+            f"labels run from 0 to {classes - 1} for this flow, not {int(labels.min())} to {int(labels.max())}"
+        )
