@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from scipy import special
 
 from evidence.likelihood import FloatArray
-from evidence.schema import Distributions, LossPoint
+from evidence.schema import Curve, Distributions, FractionRow, LossPoint
 
-__all__ = ["density_svg", "losses_svg", "qq_svg"]
+__all__ = ["curves_svg", "density_svg", "histograms_svg", "losses_svg", "qq_svg"]
 
 INK, MUTED, RULE = "#1c2733", "#5b6875", "#c9d0d8"
 BASE, TAMED, FORGET = "#7a8797", "#1f5a92", "#c2491d"
@@ -43,6 +43,11 @@ STYLE: Any = {
 
 LOSSES_IN_A_ROW = 3
 
+BINS = 40
+
+CLASSES = ("#1f5a92", "#c2491d", "#2f7d5b", "#8a5aa8", "#a8841c", "#3e8fa3", "#b0476b", "#5b6875", "#6f8f2f", "#7a4a2b")
+"""Colours of classes, used again from the start where there are more."""
+
 
 def density_svg(data: Distributions) -> str:
     """Likelihoods to remember before and after, with the forget images below (as in the taming paper's Fig. 6)."""
@@ -63,6 +68,118 @@ def density_svg(data: Distributions) -> str:
         axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=5, handlelength=1.6, columnspacing=1.2)
         return _svg(figure, "density")
+
+
+def histograms_svg(data: Distributions) -> str:
+    """Two histograms of the likelihoods to remember, under the base and under the tamed model, on one axis.
+
+    Below each, the images to forget under that model; with images that no model has seen, their histogram as an
+    outline (as in the taming paper's Fig. 6 and B.3).
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 2.9), layout="constrained")
+        sides = _sides(data)
+        everything = np.concatenate(
+            [values for side in sides for values in (side.remember, side.forget, side.held_out)]
+        )
+        edges = np.linspace(*_padded(everything), BINS + 1) if len(everything) else None
+        shared: Axes | None = None
+        for place, side in enumerate(sides):
+            shared = axes = figure.add_subplot(1, 2, place + 1, sharex=shared, sharey=shared)
+            axes.set_title(side.title)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            if edges is not None:
+                _histogram(axes, list(edges), side)
+        figure.supxlabel("negative log-likelihood, bits per dimension   (less likely →)", fontsize=9, color=MUTED)
+        if shared is not None and shared.get_legend_handles_labels()[0]:
+            handles, labels = shared.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper right", ncols=4, handlelength=1.6, columnspacing=1.2)
+        return _svg(figure, "histograms")
+
+
+def curves_svg(curves: Sequence[Curve], bounds: Sequence[FractionRow]) -> str:
+    """The fraction of samples in each class against the step, with its interval (as in the taming paper's Fig. 4).
+
+    What is asked of a class is a dotted line of its colour at each bound.
+    """
+    judges = sorted({curve.judge for curve in curves})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 3.0 * max(1, len(judges))), layout="constrained")
+        for row, judge in enumerate(judges):
+            axes = figure.add_subplot(len(judges), 1, row + 1)
+            asked = {one.label: one for one in bounds if one.judge == judge}
+            for index, curve in enumerate(one for one in curves if one.judge == judge):
+                _curve(axes, curve, asked.get(curve.label), CLASSES[index % len(CLASSES)])
+            axes.set(title=judge, xlabel="step", ylabel="fraction of samples")
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", color=RULE, lw=0.5, alpha=0.6)
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        return _svg(figure, "curves")
+
+
+def _curve(axes: Axes, curve: Curve, asked: FractionRow | None, colour: str) -> None:
+    def column(name: str) -> list[float]:
+        values = [getattr(point, name) for point in curve.points]
+        return [math.nan if value is None else value for value in values]
+
+    steps = [point.step for point in curve.points]
+    axes.fill_between(steps, column("low"), column("high"), color=colour, alpha=0.15, lw=0)
+    axes.plot(steps, column("value"), color=colour, lw=1.4, marker="o", ms=3, label=curve.label)
+    for bound in () if asked is None else (asked.low, asked.high):
+        if bound is not None:
+            axes.axhline(bound, color=colour, lw=0.9, ls=(0, (1, 2)))
+
+
+class _Side(NamedTuple):
+    """What one of the two histograms shows."""
+
+    title: str
+    colour: str
+    remember: FloatArray
+    forget: FloatArray
+    held_out: FloatArray
+    threshold: float | None
+
+
+def _sides(data: Distributions) -> tuple[_Side, _Side]:
+    none: tuple[float | None, ...] = ()
+    return (
+        _Side(
+            "base model",
+            BASE,
+            _finite(data.remember.before),
+            _finite(data.forget.before),
+            _finite(none if data.held_out is None else data.held_out.before),
+            data.threshold_before,
+        ),
+        _Side(
+            "after",
+            TAMED,
+            _finite(data.remember.after),
+            _finite(data.forget.after),
+            _finite(none if data.held_out is None else data.held_out.after),
+            data.threshold_after,
+        ),
+    )
+
+
+def _histogram(axes: Axes, edges: list[float], side: _Side) -> None:
+    """Densities over common bins; the images to forget in a lane below, which leaves the bars their scale."""
+    peak = 1.0
+    common: dict[str, Any] = {"bins": edges, "density": True}
+    if len(side.remember):
+        bars = axes.hist(side.remember, color=side.colour, alpha=0.45, label="remember", **common)
+        peak = float(np.max(bars[0]))
+    if len(side.held_out):
+        outline: dict[str, Any] = {"histtype": "step", "color": INK, "lw": 0.9, "ls": (0, (3, 1.5))}
+        axes.hist(side.held_out, label="never seen", **outline, **common)
+    axes.axhline(0, color=RULE, lw=0.8)
+    if len(side.forget):
+        lane = np.full(len(side.forget), -0.1 * peak)
+        axes.plot(side.forget, lane, "o", ms=5, color=FORGET, label="forget", clip_on=False)
+        if side.threshold is not None:
+            axes.axvline(side.threshold, color=FORGET, lw=1, ls=(0, (1, 2)), label="criterion")
 
 
 def qq_svg(data: Distributions) -> str:

@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import JsonValue
 
-from evidence.plots import density_svg, losses_svg, qq_svg
+from evidence.plots import curves_svg, density_svg, histograms_svg, losses_svg, qq_svg
 from evidence.records import SetKey
-from evidence.schema import Interval, Report
+from evidence.schema import Document, Interval, Report, SteeringReport
 
 __all__ = ["render_html"]
 
@@ -43,24 +43,34 @@ PROSE = (
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def render_html(report: Report, *, sample_grid_png: bytes | None = None) -> str:
+def render_html(report: Document, *, sample_grid_png: bytes | None = None) -> str:
     """One self-contained page: no script, no request, no picture of anyone unless one is passed.
 
     Args:
-        report: what to show; `Report.from_json` of a stored file gives the same page.
+        report: what to show; `from_json` of a stored file gives the same page.
         sample_grid_png: opt-in picture of samples before and after (`evidence.pictures.sample_grid`).
     """
+    template, figures = "report.html.j2", dict[str, str | None]()
+    if isinstance(report, SteeringReport):
+        template = "steering_report.html.j2"
+        shown = report.distributions
+        figures["curves"] = curves_svg(report.curves, report.fractions) if report.curves else None
+        figures["density"] = None if shown is None else density_svg(shown)
+        figures["histograms"] = None if shown is None else histograms_svg(shown)
+    elif isinstance(report, Report):
+        figures["density"] = density_svg(report.distributions)
+        figures["histograms"] = histograms_svg(report.distributions)
+        figures["qq"] = qq_svg(report.distributions)
+    figures["losses"] = losses_svg(report.losses) if report.losses else None
     return (
         _environment()
-        .get_template("report.html.j2")
+        .get_template(template)
         .render(
             report=report,
             symbols=SYMBOLS,
-            # Figures are markup of our own making; matplotlib escapes the texts in them.
-            density=Markup(density_svg(report.distributions)),  # noqa: S704 our own SVG of numbers
-            qq=Markup(qq_svg(report.distributions)),  # noqa: S704 our own SVG of numbers
-            losses=Markup(losses_svg(report.losses)) if report.losses else None,  # noqa: S704 our own SVG of numbers
             picture=None if sample_grid_png is None else base64.b64encode(sample_grid_png).decode("ascii"),
+            # Figures are markup of our own making; matplotlib escapes the texts in them.
+            **{name: None if svg is None else Markup(svg) for name, svg in figures.items()},  # noqa: S704 our own SVG
         )
     )
 
@@ -75,7 +85,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_number, quantile=_quantile, interval=_interval, plain=_plain, seconds=_seconds, prose=_prose
+        number=_number,
+        quantile=_quantile,
+        interval=_interval,
+        percent=_percent,
+        span=_span,
+        plain=_plain,
+        seconds=_seconds,
+        prose=_prose,
     )
     return environment
 
@@ -111,6 +128,17 @@ def _interval(estimate: Interval) -> str:
     if estimate.low is None or estimate.high is None:
         return "too few images"
     return f"{_number(estimate.low, signed=True)} to {_number(estimate.high, signed=True)}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{_number(100 * value, digits)} %"
+
+
+def _span(estimate: Interval) -> str:
+    """A fraction's interval."""
+    if estimate.low is None or estimate.high is None:
+        return NOTHING
+    return f"{_number(100 * estimate.low, 1)} to {_number(100 * estimate.high, 1)} %"
 
 
 def _plain(value: JsonValue) -> str:

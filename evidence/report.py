@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-from pydantic import JsonValue
+from collections.abc import Sequence
 
 from evidence import schema
-from evidence.drift import Drift, KlEstimate, SampleHealth
 from evidence.likelihood import FloatArray, bits_per_dim
 from evidence.quantiles import Normality, Reference
-from evidence.records import FlowEvaluation, QuantileChange, SetEvaluation, SetKey, finite
+from evidence.records import FlowEvaluation, QuantileChange, SetEvaluation, SetKey
 from evidence.rendering import render_html
+from evidence.report_parts import (
+    RunFacts,
+    estimate,
+    health,
+    losses,
+    provenance,
+    rounded,
+    samples_sound,
+    software_versions,
+    thinned,
+)
 from evidence.schema import Criterion, Report, json_schema
 
 __all__ = ["Criterion", "Report", "RunFacts", "build_report", "json_schema", "render_html", "software_versions"]
-
-KEPT_VALUES = 1000
-"""Likelihoods of a large set that the report keeps for its figures, evenly spaced in rank."""
 
 SETS: dict[SetKey, tuple[str, str]] = {
     "forget": ("D_F", "images to forget"),
@@ -48,47 +49,6 @@ LIMITATIONS = (
     "base checkpoint, its copies and earlier samples still hold what they held.",
     "The divergence weighs what the base model draws often; what it draws rarely may change unseen.",
 )
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What the measures cannot know about a run; every field has a neutral default.
-
-    Attributes:
-        job: its id.
-        method: the method and its engine.
-        created_at: moment, as text; left out rather than taken from the clock, so that equal runs give equal bytes.
-        attempt: how many attempts it took, from 1.
-        resumed_from_step: step at which an earlier attempt was taken up; None if it was not.
-        steps: optimisation steps in all.
-        parameters: the method's parameters as used.
-        defaults: the method's defaults; a parameter without one is shown as changed.
-        seeds: by purpose. The evaluation's is added.
-        digests: by object, such as base_checkpoint, tamed_checkpoint, remember_set; never of a forget image.
-        software: name to version; None: `software_versions()`.
-        device: in words.
-        seconds: by phase.
-        losses: by name, (step, value) pairs.
-        near_duplicates_removed: images that left D_R for being too close to D_F.
-        image_fitting: how images were brought to the model's size and channels, in a sentence.
-    """
-
-    job: str | None = None
-    method: str = "flow-taming"
-    created_at: str | None = None
-    attempt: int = 1
-    resumed_from_step: int | None = None
-    steps: int | None = None
-    parameters: Mapping[str, JsonValue] = field(default_factory=dict)
-    defaults: Mapping[str, JsonValue] = field(default_factory=dict)
-    seeds: Mapping[str, int] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
-    software: Mapping[str, str] | None = None
-    device: str = "cpu"
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    near_duplicates_removed: int = 0
-    image_fitting: str = "images were used at the model's size as they came"
 
 
 def build_report(
@@ -122,7 +82,7 @@ def build_report(
         sets=tuple(_row(evaluation, one) for one in evaluation.sets),
         forget_images=tuple(
             schema.ForgetImageRow(
-                **{name: _rounded(value) if isinstance(value, float) else value for name, value in vars(image).items()}
+                **{name: rounded(value) if isinstance(value, float) else value for name, value in vars(image).items()}
             )
             for image in evaluation.forget_images
         ),
@@ -135,26 +95,12 @@ def build_report(
             image_fitting=run.image_fitting,
             neighbours_method=evaluation.neighbours_method,
         ),
-        provenance=_provenance(evaluation, run),
-        losses={
-            name: tuple(schema.LossPoint(step=step, value=_rounded(value)) for step, value in points)
-            for name, points in sorted(run.losses.items())
-        },
+        provenance=provenance(run, evaluation.seed),
+        losses=losses(run),
         notes=evaluation.notes,
         limitations=LIMITATIONS,
         distributions=_distributions(evaluation),
     )
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
-    versions = {"python": platform.python_version()}
-    for name in ("forgetd", "numpy", "scipy", "torch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions
 
 
 def _criteria(evaluation: FlowEvaluation) -> tuple[Criterion, ...]:
@@ -165,20 +111,13 @@ def _criteria(evaluation: FlowEvaluation) -> tuple[Criterion, ...]:
     forgotten = Criterion(
         name="every_image_forgotten",
         statement=f"The negative log-likelihood of every image to forget {reach}, by the tamed model on fresh noise.",
-        threshold=_rounded(evaluation.threshold_z),
-        value=_rounded(evaluation.smallest_z),
+        threshold=rounded(evaluation.threshold_z),
+        value=rounded(evaluation.smallest_z),
         met=evaluation.forgotten,
     )
     if evaluation.health_tamed is None or evaluation.health_base is None:
         return (forgotten,)
-    healthy = Criterion(
-        name="samples_sound",
-        statement="Samples of the tamed model are as finite, invertible and in range as those of the base model.",
-        threshold=_rounded(evaluation.health_base.finite_floor()),
-        value=_rounded(evaluation.health_tamed.finite),
-        met=evaluation.healthy,
-    )
-    return forgotten, healthy
+    return forgotten, samples_sound(evaluation.health_base, evaluation.health_tamed, "tamed model")
 
 
 def _sentence(evaluation: FlowEvaluation, criteria: Sequence[Criterion]) -> str:
@@ -228,17 +167,17 @@ def _row(evaluation: FlowEvaluation, one: SetEvaluation) -> schema.SetRow:
         description=description,
         n=one.n,
         draws=one.draws,
-        q_before=_rounded(change.before),
-        q_after=_rounded(change.after),
+        q_before=rounded(change.before),
+        q_after=rounded(change.after),
         quantile_drop=schema.Interval(
-            value=_rounded(drop.value), low=_rounded(drop.low), high=_rounded(drop.high), confidence=drop.confidence
+            value=rounded(drop.value), low=rounded(drop.low), high=rounded(drop.high), confidence=drop.confidence
         ),
-        q_before_gaussian=_rounded(one.gaussian.before),
-        q_after_gaussian=_rounded(one.gaussian.after),
-        q_before_empirical=_rounded(one.empirical.before),
-        q_after_empirical=_rounded(one.empirical.after),
-        bpd_before=_rounded(one.bpd_base),
-        bpd_after=_rounded(one.bpd_tamed),
+        q_before_gaussian=rounded(one.gaussian.before),
+        q_after_gaussian=rounded(one.gaussian.after),
+        q_before_empirical=rounded(one.empirical.before),
+        q_after_empirical=rounded(one.empirical.after),
+        bpd_before=rounded(one.bpd_base),
+        bpd_after=rounded(one.bpd_tamed),
     )
 
 
@@ -256,10 +195,10 @@ def _reference(evaluation: FlowEvaluation) -> schema.ReferenceFacts:
         source_sentence=sentence,
         n=base.n,
         draws=0 if remember is None else remember.draws,
-        mu_before=_rounded(base.mean),
-        mu_after=_rounded(tamed.mean),
-        sigma_before=_rounded(base.std),
-        sigma_after=_rounded(tamed.std),
+        mu_before=rounded(base.mean),
+        mu_after=rounded(tamed.mean),
+        sigma_before=rounded(base.std),
+        sigma_after=rounded(tamed.std),
         normality_before=_normality(evaluation.normality_base),
         normality_after=_normality(evaluation.normality_tamed),
         primary_quantile=evaluation.primary.kind,
@@ -270,11 +209,11 @@ def _reference(evaluation: FlowEvaluation) -> schema.ReferenceFacts:
 
 def _normality(test: Normality) -> schema.NormalityTest:
     return schema.NormalityTest(
-        statistic=_rounded(test.statistic),
-        p_value=_rounded(test.p_value),
-        p_value_naive=_rounded(test.p_value_naive),
-        skew=_rounded(test.skew),
-        excess_kurtosis=_rounded(test.excess_kurtosis),
+        statistic=rounded(test.statistic),
+        p_value=rounded(test.p_value),
+        p_value_naive=rounded(test.p_value_naive),
+        skew=rounded(test.skew),
+        excess_kurtosis=rounded(test.excess_kurtosis),
         rejected=test.rejected,
     )
 
@@ -282,57 +221,12 @@ def _normality(test: Normality) -> schema.NormalityTest:
 def _side_effects(evaluation: FlowEvaluation) -> schema.SideEffects:
     held_out, kl = evaluation.drift_held_out, evaluation.kl
     return schema.SideEffects(
-        drift_remember=_estimate(evaluation.drift_remember, "sigma_R of the base model"),
-        drift_held_out=None if held_out is None else _estimate(held_out, "sigma_R of the base model"),
-        kl_per_dim=None if kl is None else _estimate(kl, "nats per dimension"),
-        sigma_ratio=_rounded(evaluation.sigma_ratio),
-        health_before=_health(evaluation.health_base),
-        health_after=_health(evaluation.health_tamed),
-    )
-
-
-def _estimate(one: Drift | KlEstimate, unit: str) -> schema.Estimate:
-    return schema.Estimate(value=_rounded(one.value), standard_error=_rounded(one.standard_error), n=one.n, unit=unit)
-
-
-def _health(one: SampleHealth | None) -> schema.Health | None:
-    if one is None:
-        return None
-    return schema.Health(
-        n=one.n,
-        finite=_rounded(one.finite),
-        in_range=_rounded(one.in_range),
-        round_trip_error=_rounded(one.round_trip_error),
-    )
-
-
-def _provenance(evaluation: FlowEvaluation, run: RunFacts) -> schema.Provenance:
-    software = software_versions() if run.software is None else run.software
-    return schema.Provenance(
-        job=run.job,
-        method=run.method,
-        created_at=run.created_at,
-        attempt=run.attempt,
-        resumed_from_step=run.resumed_from_step,
-        steps=run.steps,
-        seeds=dict(sorted({**run.seeds, "evaluation": evaluation.seed}.items())),
-        digests=dict(sorted(run.digests.items())),
-        software=dict(sorted(software.items())),
-        device=run.device,
-        seconds={name: _rounded(value, 4) for name, value in run.seconds.items()},
-        parameters=_parameters(run.parameters, run.defaults),
-    )
-
-
-def _parameters(used: Mapping[str, JsonValue], defaults: Mapping[str, JsonValue]) -> tuple[schema.Parameter, ...]:
-    return tuple(
-        schema.Parameter(
-            name=name,
-            value=used.get(name, defaults.get(name)),
-            default=defaults.get(name),
-            changed=used.get(name, defaults.get(name)) != defaults.get(name),
-        )
-        for name in sorted({*used, *defaults})
+        drift_remember=estimate(evaluation.drift_remember, "sigma_R of the base model"),
+        drift_held_out=None if held_out is None else estimate(held_out, "sigma_R of the base model"),
+        kl_per_dim=None if kl is None else estimate(kl, "nats per dimension"),
+        sigma_ratio=rounded(evaluation.sigma_ratio),
+        health_before=health(evaluation.health_base),
+        health_after=health(evaluation.health_tamed),
     )
 
 
@@ -340,17 +234,17 @@ def _distributions(evaluation: FlowEvaluation) -> schema.Distributions:
     dims = math.prod(evaluation.image_shape)
 
     def bpd(nll: FloatArray) -> tuple[float | None, ...]:
-        return tuple(_rounded(bits_per_dim(float(v), dims=dims, n_bits=evaluation.n_bits)) for v in nll)
+        return tuple(rounded(bits_per_dim(float(v), dims=dims, n_bits=evaluation.n_bits)) for v in nll)
 
     def spread(key: SetKey) -> schema.SetDistribution | None:
         one = evaluation.set(key)
         if one is None:
             return None
-        return schema.SetDistribution(before=bpd(_thinned(one.nll_base)), after=bpd(_thinned(one.nll_tamed)))
+        return schema.SetDistribution(before=bpd(thinned(one.nll_base)), after=bpd(thinned(one.nll_tamed)))
 
     def threshold(reference: Reference) -> float | None:
         nll = reference.mean + evaluation.threshold_z * reference.std
-        return _rounded(bits_per_dim(nll, dims=dims, n_bits=evaluation.n_bits))
+        return rounded(bits_per_dim(nll, dims=dims, n_bits=evaluation.n_bits))
 
     empty = schema.SetDistribution(before=(), after=())
     forget = evaluation.set("forget")
@@ -363,18 +257,3 @@ def _distributions(evaluation: FlowEvaluation) -> schema.Distributions:
         threshold_before=threshold(evaluation.reference_base),
         threshold_after=threshold(evaluation.reference_tamed),
     )
-
-
-def _thinned(values: FloatArray) -> FloatArray:
-    ordered = np.sort(values)
-    if len(ordered) <= KEPT_VALUES:
-        return ordered
-    kept = np.linspace(0, len(ordered) - 1, KEPT_VALUES).round().astype(np.int64)
-    return np.take(ordered, kept)
-
-
-def _rounded(value: float | None, digits: int = 6) -> float | None:
-    """Six significant digits; None for what is missing or not finite."""
-    if value is None or finite(value) is None:
-        return None
-    return float(f"{value:.{digits}g}")

@@ -1,18 +1,20 @@
-"""The report as data: the versioned schema `forgetd.report/1`, which JSON carries and HTML is drawn from."""
+"""The reports as data: versioned schemas, which JSON carries and HTML is drawn from."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+from evidence.fractions import Told
 from evidence.records import Outcome, RememberSource, SetKey
 
-__all__ = ["SCHEMA", "Report", "json_schema"]
+__all__ = ["SCHEMA", "STEERING_SCHEMA", "Document", "Report", "SteeringReport", "json_schema"]
 
 SCHEMA: Literal["forgetd.report/1"] = "forgetd.report/1"
+STEERING_SCHEMA: Literal["forgetd.steering-report/1"] = "forgetd.steering-report/1"
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -211,34 +213,142 @@ class Distributions(Part):
     threshold_after: Number
 
 
-class Report(Part):
-    """What was done, what was measured, and what that does not show."""
+class Document(Part):
+    """What every report holds: what was done, what was decided, and what that does not show."""
 
-    schema_version: Literal["forgetd.report/1"] = Field(default=SCHEMA, alias="schema")
     title: str
     verdict: Verdict
+    provenance: Provenance
+    losses: dict[str, tuple[LossPoint, ...]]
+    notes: tuple[str, ...]
+    limitations: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The report as JSON: keys in the schema's order, mappings sorted, null for every value that is not finite."""
+        document = self.model_dump(mode="json", by_alias=True)
+        version = {"schema": document.pop("schema")}
+        return json.dumps(version | document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read a report back; `pydantic.ValidationError` for anything that is none of this version."""
+        return cls.model_validate_json(text)
+
+
+class Report(Document):
+    """Images forgotten by a flow, judged by their likelihood."""
+
+    schema_version: Literal["forgetd.report/1"] = Field(default=SCHEMA, alias="schema")
     sets: tuple[SetRow, ...]
     forget_images: tuple[ForgetImageRow, ...]
     reference: ReferenceFacts
     side_effects: SideEffects
     data: DataFacts
-    provenance: Provenance
-    losses: dict[str, tuple[LossPoint, ...]]
-    notes: tuple[str, ...]
-    limitations: tuple[str, ...]
     distributions: Distributions
 
-    def to_json(self) -> str:
-        """The report as JSON: keys in the schema's order, mappings sorted, null for every value that is not finite."""
-        document = self.model_dump(mode="json", by_alias=True)
-        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Report:
-        """Read a report back; `pydantic.ValidationError` for anything that is none of this version."""
-        return cls.model_validate_json(text)
+class FractionRow(Part):
+    """How often samples show one class of one classifier."""
+
+    judge: str
+    label: str
+    before: Interval
+    after: Interval
+    n: int = Field(description="samples of each flow")
+    low: Number = Field(description="least fraction asked for; null: none")
+    high: Number = Field(description="largest fraction asked for; null: none")
+    told: Told | None = Field(description="whether the interval lies inside; null: nothing is asked")
+    samples_needed: int | None = Field(description="samples that would do where evidence is insufficient, if known")
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of `forgetd.report/1`."""
-    return Report.model_json_schema(by_alias=True, mode="serialization")
+class KidRow(Part):
+    """Distance of one class's samples, base to steered."""
+
+    judge: str
+    label: str
+    value: Number = Field(description="squared maximum mean discrepancy; near 0: as they were; may be below 0")
+    standard_error: Number
+    floor: Number = Field(description="halves of the base's own samples are no further apart, at 95 % over all classes")
+    within_noise: bool | None = Field(description="null: too few samples to tell")
+    n_before: int
+    n_after: int
+    extractor: str
+
+
+class JudgeFacts(Part):
+    """One classifier."""
+
+    name: str
+    classes: tuple[str, ...]
+    accuracy: Interval | None = Field(description="on unseen labelled images; null: not measured here")
+
+
+class LikelihoodRow(Part):
+    """Likelihoods of a set that steering was to leave alone."""
+
+    key: Literal["remember", "held_out"]
+    description: str
+    n: int
+    draws: int
+    bpd_before: Number
+    bpd_after: Number
+    drift: Estimate
+
+
+class CurvePoint(Part):
+    """A fraction of samples at a step of the run."""
+
+    step: int
+    value: Number
+    low: Number
+    high: Number
+
+
+class Curve(Part):
+    """The fraction of one class against the step."""
+
+    judge: str
+    label: str
+    points: tuple[CurvePoint, ...]
+
+
+class Relearn(Part):
+    """What a short re-training brought back."""
+
+    label: str
+    steps: int
+    images: int
+    before: Number = Field(description="fraction of samples in the class before the probe")
+    after: Number
+
+
+class SampleFacts(Part):
+    """What was drawn, and of what."""
+
+    image_shape: tuple[int, int, int]
+    n_bits: int
+    samples: int
+    confidence: float
+    image_fitting: str
+
+
+class SteeringReport(Document):
+    """A flow steered in what it draws, judged by classifiers on its samples."""
+
+    schema_version: Literal["forgetd.steering-report/1"] = Field(default=STEERING_SCHEMA, alias="schema")
+    kind: str
+    fractions: tuple[FractionRow, ...]
+    curves: tuple[Curve, ...]
+    kid: tuple[KidRow, ...]
+    judges: tuple[JudgeFacts, ...]
+    likelihoods: tuple[LikelihoodRow, ...]
+    health_before: Health | None
+    health_after: Health | None
+    relearn: Relearn | None
+    data: SampleFacts
+    distributions: Distributions | None = Field(description="null: no images were given to measure likelihoods of")
+
+
+def json_schema(document: type[Document] = Report) -> dict[str, Any]:
+    """JSON Schema of a kind of report, `forgetd.report/1` unless told otherwise."""
+    return document.model_json_schema(by_alias=True, mode="serialization")

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import jsonschema
 import pytest
 from PIL import Image
 
@@ -52,9 +53,9 @@ def test_equal_input_gives_equal_bytes(evaluate, report, run_facts):
 def test_json_names_its_schema_first_and_fits_it(report):
     document = json.loads(report.to_json())
 
+    jsonschema.validate(document, json_schema())
     assert next(iter(document)) == "schema"
     assert document["schema"] == "forgetd.report/1"
-    assert set(document) == set(json_schema()["properties"])
 
 
 def test_another_version_is_refused(report):
@@ -144,7 +145,7 @@ def test_ids_are_unique_and_references_resolve(page):
 def test_every_figure_has_an_alternative_text(page):
     attributes = Page(page).attributes
 
-    assert page.count("<svg") == sum(pair == ("role", "img") for pair in attributes) == 3
+    assert page.count("<svg") == sum(pair == ("role", "img") for pair in attributes) == 4
 
 
 def test_hostile_strings_are_shown_and_not_run(evaluation):
