@@ -29,3 +29,29 @@ class StateError(UnlearningError):
 
 class DivergedError(UnlearningError):
     """A loss or a gradient was not finite; the run was stopped: lower the learning rate."""
+
+
+class UnreachableError(UnlearningError):
+    """Fractions that steering cannot reach from this base: ask for less, or for bounds that can hold together.
+
+    Attributes:
+        class_name: the class that is asked for and not shown, where one is to blame.
+        measured: its fraction among samples of the base.
+        n: how many samples that was measured on.
+        upper: upper confidence bound of its fraction.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        class_name: str | None = None,
+        measured: float | None = None,
+        n: int | None = None,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.class_name = class_name
+        self.measured = measured
+        self.n = n
+        self.upper = upper

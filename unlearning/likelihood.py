@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.images import flow_input
-from models.protocol import Flow
+from models.protocol import Density
 from unlearning.errors import DivergedError
 
 
@@ -43,7 +43,7 @@ def float32(device: str) -> torch.autocast:
 
 @torch.no_grad()
 def nll_of(
-    flow: Flow, images: Tensor, *, n_bits: int, generator: torch.Generator, draws: int = 1, batch: int = 128
+    flow: Density, images: Tensor, *, n_bits: int, generator: torch.Generator, draws: int = 1, batch: int = 128
 ) -> Tensor:
     """-log p of uint8 images, averaged over noise draws: (n,) nats, on the CPU.
 
@@ -64,7 +64,7 @@ def nll_of(
 
 
 @torch.no_grad()
-def density_nll(flow: Flow, x: Tensor, *, batch: int = 128) -> Tensor:
+def density_nll(flow: Density, x: Tensor, *, batch: int = 128) -> Tensor:
     """-log p of dequantised images x (n, c, h, w), in float32 batches on the flow's device: (n,) nats, on the CPU."""
     parameters: Callable[[], object] | None = getattr(flow, "parameters", None)
     first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]  # any flow

@@ -1,13 +1,13 @@
 """Generative replay: samples of the base flow, for what nobody has images of."""
 
 import inspect
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from models.images import denoised, to_uint8
-from models.protocol import Flow
+from models.protocol import Flow, Sampler
 from unlearning.errors import ParameterError
 from unlearning.randomness import stream
 
@@ -15,7 +15,7 @@ BATCH = 32
 """Images drawn at once. Fixed, since the draws depend on it: equal seeds give equal sets, however small the memory."""
 
 
-def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature: float = 1.0) -> Tensor:
+def generate_remember(flow: Flow | Sampler, n: int, n_bits: int, seed: int, *, temperature: float = 1.0) -> Tensor:
     """Samples of the base flow, to stand in for a remember set that the caller does not have.
 
     Args:
@@ -37,10 +37,10 @@ def generate_remember(flow: Flow, n: int, n_bits: int, seed: int, *, temperature
         generator = stream(seed, "generate", start)
         with torch.no_grad():
             if named:
-                x = flow.sample(count, generator=generator, temperature=temperature)
+                x = cast(Flow, flow).sample(count, generator=generator, temperature=temperature)
             else:
                 with torch.random.fork_rng():
                     torch.manual_seed(generator.initial_seed())
-                    x = cast(Any, flow).sample(count)
+                    x = cast(Sampler, flow).sample(count)
         parts.append(to_uint8(denoised(flow, x).float().cpu(), n_bits))
     return torch.cat(parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.images import flow_input
-from models.protocol import Flow, SplitFlow
+from models.protocol import Density, SplitFlow
 from unlearning.likelihood import float32
 from unlearning.randomness import stream
 
@@ -38,7 +38,7 @@ class Suffix:
 
     def __init__(self, flow: nn.Module, *, n_bits: int, micro_batch: int) -> None:
         """Freeze every parameter of the flow that is not tuned."""
-        self._flow = cast(Flow, flow)
+        self._flow = cast(Density, flow)
         self._split = cast(SplitFlow, flow) if isinstance(flow, SplitFlow) and flow.suffix_parameters() else None
         self._n_bits, self._micro_batch = n_bits, micro_batch
         tuned = {id(p) for p in self._split.suffix_parameters()} if self._split is not None else None

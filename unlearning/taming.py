@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints import tensor_digest
-from models.protocol import Flow
+from models.protocol import Density
 from models.training import set_memory_format
 from unlearning.errors import InputError, StateError
 from unlearning.likelihood import Statistics, nll_of, statistics
@@ -81,7 +81,7 @@ class Engine(Protocol):
 
 
 def tame(
-    flow: Flow,
+    flow: Density,
     forget: Tensor,
     remember: Tensor,
     parameters: TamingParameters,
@@ -95,7 +95,7 @@ def tame(
     """Tame a copy of a flow until every forget image lies delta sigma_R above mu_R, confirmed on fresh noise.
 
     Args:
-        flow: the base, a module with `log_prob` and `sample`; it is not modified. Runs on the device it is on.
+        flow: the base, a module with `log_prob`; it is not modified. Runs on the device it is on.
         forget: D_F, uint8 (n, c, h, w).
         remember: D_R, uint8 (m, c, h, w); near-duplicates of D_F are taken out of it.
         parameters: see `TamingParameters`.
@@ -131,7 +131,7 @@ def tame(
         set_memory_format(module, torch.channels_last)  # convolutions run faster so
     build = FastEngine if values.engine == "fast" else PaperEngine
     engine: Engine = build(base, tamed, forget, remember, values, n_bits=n_bits, seed=seed, micro_batch=micro_batch)
-    judge = _Judge(cast(Flow, tamed), forget, remember, values, n_bits, seed, micro_batch)
+    judge = _Judge(cast(Density, tamed), forget, remember, values, n_bits, seed, micro_batch)
     fingerprint = _fingerprint(base, forget, remember, values, n_bits, seed)
     step, attempts, history, before = 0, 0, list[dict[str, float]](), 0.0
     if state is not None:
@@ -182,7 +182,7 @@ class _Judge:
 
     def __init__(
         self,
-        tamed: Flow,
+        tamed: Density,
         forget: Tensor,
         remember: Tensor,
         values: TamingParameters,
@@ -216,7 +216,7 @@ class _Judge:
         return nll_of(self._tamed, images, n_bits=n_bits, generator=generator, draws=draws, batch=batch)
 
 
-def _checked_flow(flow: Flow) -> nn.Module:
+def _checked_flow(flow: Density) -> nn.Module:
     if not isinstance(flow, nn.Module) or not callable(getattr(flow, "log_prob", None)):
         raise InputError(f"a flow to be tamed is a torch module with log_prob; {type(flow).__name__} is not")
     if not any(parameter.is_floating_point() for parameter in flow.parameters()):

@@ -7,6 +7,8 @@ values; warped images of D_R beside it, for people whom it does not show; mu_R, 
 instead of 1,024 fresh forwards; and noise that no step has seen to tell when to stop.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,11 @@ RELAX = 0.98
 """By how much the weight of the keep loss falls each step from then on."""
 WARMUP = 10
 """Steps over which the learning rate rises: Adam's first steps are sign steps, which would move every image."""
+FIRST_MOVE = 0.03
+"""In sigma_R, root mean square: how far the first step may move the likelihoods to remember. A flow that it would move
+further is tuned at a rate lower by as much, for all steps: flows differ in it by a factor of a thousand."""
+CALIBRATIONS = 8
+"""Most attempts to find that rate; the move grows about as the rate does, so that two suffice."""
 SMOOTHING = 0.8
 """Decay of the running difference between tamed and base statistics."""
 CLEARANCE = 0.3
@@ -102,6 +109,7 @@ class FastEngine:
         self._extra = torch.zeros((), dtype=torch.float64)  # raised target after a failed confirmation
         self._further = torch.zeros((), dtype=torch.float64)  # added to the steps' target alone
         self._origin = [p.detach().clone() for p in self._parameters.values()]
+        self._rate = torch.ones((), dtype=torch.float64)  # of the learning rate, as the first step found it
         self._settled = torch.zeros((), dtype=torch.bool)  # whether the weights stand where `_settle` put them
 
     def check(self, step: int) -> bool:
@@ -216,8 +224,10 @@ class FastEngine:
         if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(total)):
             raise DivergedError(f"the loss or its gradient was not finite at step {step}; lower the learning rate")
         for group in self._optimiser.param_groups:
-            group["lr"] = (values.learning_rate or 0.0) * min(1.0, (step + 1) / WARMUP)
+            group["lr"] = (values.learning_rate or 0.0) * float(self._rate) * min(1.0, (step + 1) / WARMUP)
         self._optimiser.step()
+        if step == 0:
+            self._calibrate(rows)
         self._last[images] = parts["z"][: len(images)]
         now = self._tracked()
         losses = {"loss": float(total), "forget": float(parts["forget"]), "remember": float(parts["remember"])}
@@ -229,6 +239,18 @@ class FastEngine:
         }
         return losses, metrics
 
+    @torch.no_grad()
+    def _calibrate(self, rows: Tensor) -> None:
+        """Shorten the first step, and the rate with it, until it leaves the likelihoods to remember nearly alone."""
+        there = [p.detach().clone() for p in self._parameters.values()]
+        for _ in range(CALIBRATIONS):
+            moved = (self._suffix.nll(self._kept[rows]) - self._kept_nll[rows]) / self._base.sigma
+            size = float(moved.double().square().mean().sqrt())
+            if size <= FIRST_MOVE:
+                return
+            self._rate *= 0.9 * FIRST_MOVE / size if math.isfinite(size) else 0.1
+            self._move(there, float(self._rate))
+
     def tensors(self) -> dict[str, Tensor]:
         """Tuned weights, Adam's moments, running values."""
         return {
@@ -237,6 +259,7 @@ class FastEngine:
             "shift": self._shift,
             "extra": self._extra,
             "further": self._further,
+            "rate": self._rate,
             "settled": self._settled,
         }
 
@@ -245,7 +268,7 @@ class FastEngine:
         unpack(tensors, self._parameters, self._optimiser)
         self._last, self._shift = tensors["last"].clone(), tensors["shift"].clone()
         self._extra, self._further = tensors["extra"].clone(), tensors["further"].clone()
-        self._settled = tensors["settled"].clone()
+        self._rate, self._settled = tensors["rate"].clone(), tensors["settled"].clone()
 
     def _virtual(self, true: Tensor) -> Tensor:
         """Images for the people whom D_R does not show, made of its own.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.images import flow_input
-from models.protocol import Flow
+from models.protocol import Density
 from unlearning import micro_batch as micro
 from unlearning.errors import DivergedError
 from unlearning.likelihood import density_nll, float32, nll_of, statistics
@@ -36,7 +36,7 @@ class PaperEngine:
         seed: int,
         micro_batch: int,
     ) -> None:
-        self._base, self._flow = cast(Flow, base), cast(Flow, tamed)
+        self._base, self._flow = cast(Density, base), cast(Density, tamed)
         self._values, self._seed, self._n_bits = values, seed, n_bits
         self._micro_batch = micro_batch
         self._forget, self._remember = forget.cpu(), remember.cpu()

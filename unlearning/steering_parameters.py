@@ -1,0 +1,97 @@
+"""Parameters of steering: each with its range and where its default comes from."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unlearning.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class SteeringParameters:
+    """How the fractions of classes among a flow's samples are changed. "Measured" is on digits, `benchmarks.debias`."""
+
+    max_steps: int = 600
+    """Most optimiser steps; [1, 100000]."""
+    learning_rate: float = 1e-3
+    """Adam's; (0, 1]. Measured: four times as much doubles the drift."""
+    batch: int = 128
+    """Images in a step; [2, 4096]."""
+    pool: int = 4096
+    """Samples of the base that the steps learn from; [64, 100000]."""
+    samples: int | None = None
+    """Fresh samples that decide whether the bounds hold; null: as many as the bounds ask for; [100, 1000000]."""
+    confidence: float = 0.95
+    """Of all intervals of one constraint together; [0.5, 0.9999]."""
+    measure_every: int = 10
+    """Steps between looks at fresh samples; [1, 10000]."""
+    probe: int = 500
+    """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
+    gain: float = 0.6
+    """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]. Measured."""
+    boost: float = 4.0
+    """."""
+    average: float = 0.9
+    """."""
+    centred: bool = True
+    """."""
+    huber: float = 2.0
+    """Nats beyond which an image's error in likelihood counts linearly; (0, 1000]. Measured."""
+    clip: float = 50.0
+    """Largest norm of a step's gradient, in nats; (0, 1000000]."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ParameterError for the first that is wrong."""
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SteeringParameters":
+        """Build from JSON values, refusing unknown names, wrong types and values out of range.
+
+        Raises:
+            ParameterError: with the name and what is wrong.
+        """
+        for name in values:
+            if name not in _RANGES:
+                raise ParameterError(
+                    str(name)[:80], f"is no parameter of steering; known: {', '.join(sorted(_RANGES))}"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON."""
+        return dataclasses.asdict(self)
+
+
+_RANGES: dict[str, tuple[type, float, float, bool]] = {
+    # name: (type, lowest, highest, whether the lowest itself is allowed)
+    "max_steps": (int, 1, 100_000, True),
+    "learning_rate": (float, 0, 1, False),
+    "batch": (int, 2, 4096, True),
+    "pool": (int, 64, 100_000, True),
+    "samples": (int, 100, 1_000_000, True),
+    "confidence": (float, 0.5, 0.9999, True),
+    "measure_every": (int, 1, 10_000, True),
+    "probe": (int, 50, 100_000, True),
+    "gain": (float, 0, 2, True),
+    "boost": (float, 0, 100, True),
+    "average": (float, 0, 0.9999, True),
+    "centred": (int, 0, 1, True),
+    "huber": (float, 0, 1000, False),
+    "clip": (float, 0, 1_000_000, False),
+}
+
+
+def _check(name: str, value: object) -> None:
+    if value is None and name == "samples":
+        return
+    kind, low, high, closed = _RANGES[name]
+    if name != 'centred' and isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise ParameterError(name, f"must be a {'whole number' if kind is int else 'number'}, not {value!r}")
+    if not math.isfinite(value) or value < low or value > high or (value == low and not closed):
+        raise ParameterError(
+            name, f"must be {'at least' if closed else 'above'} {low:g} and at most {high:g}, not {value!r}"
+        )
