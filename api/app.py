@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from api import checkpoints, health, image_sets, job_events, job_outputs, jobs, problems
+from api import checkpoints, classifiers, health, image_sets, job_events, job_outputs, jobs, problems
 from api.edge import Edge, PathOnly
 from services.database import Database
 from services.settings import Settings, get_settings
@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.database = Database(settings.database_url.get_secret_value())
     app.state.storage = ObjectStorage(settings)
-    for module in (checkpoints, image_sets, jobs, job_events, job_outputs, health):
+    for module in (checkpoints, classifiers, image_sets, jobs, job_events, job_outputs, health):
         app.include_router(module.router)
     problems.install(app)
     app.add_middleware(Edge, max_json_bytes=settings.max_json_bytes)

@@ -22,7 +22,8 @@ from api.dependencies import (
     Wait,
 )
 from api.problems import documented
-from api.schemas import CheckpointPage, CheckpointResource, UploadQuery
+from api.queries import UploadQuery
+from api.schemas import CheckpointPage, CheckpointResource
 from api.uploads import announced_sha256, stored_body
 from services import checkpoint_files, checkpoints, idempotency, jobs
 from services.database import Database

@@ -24,6 +24,7 @@ __all__ = [
     "AppStorage",
     "Authenticated",
     "CheckpointId",
+    "ClassifierId",
     "IdempotencyKey",
     "IfNoneMatch",
     "ImageSetId",
@@ -90,6 +91,14 @@ async def _checkpoint_id(
     return checkpoint_id
 
 
+async def _classifier_id(
+    classifier_id: Annotated[str, Path(examples=["clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])],
+) -> str:
+    if not is_id("clf", classifier_id):
+        raise not_found("classifier")
+    return classifier_id
+
+
 async def _image_set_id(
     image_set_id: Annotated[str, Path(examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])],
 ) -> str:
@@ -100,6 +109,7 @@ async def _image_set_id(
 
 JobId = Annotated[str, Depends(_job_id)]
 CheckpointId = Annotated[str, Depends(_checkpoint_id)]
+ClassifierId = Annotated[str, Depends(_classifier_id)]
 ImageSetId = Annotated[str, Depends(_image_set_id)]
 
 IdempotencyKey = Annotated[

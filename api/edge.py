@@ -16,7 +16,9 @@ from services.errors import Internal, TooLarge
 
 __all__ = ["Edge", "PathOnly"]
 
-STREAMED = frozenset({("POST", "/checkpoints"), ("POST", "/image-sets")})  # these count for themselves
+STREAMED = frozenset(
+    {("POST", "/checkpoints"), ("POST", "/classifiers"), ("POST", "/image-sets")}
+)  # these count for themselves
 # Of a body that was refused unread, so much is taken in before the answer: a close with bytes unread is a reset, which
 # can destroy the answer on its way.
 DRAIN_BYTES = 2**20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api import answers
@@ -26,6 +27,7 @@ from services import idempotency, jobs
 from services.database import Database
 from services.errors import (
     CheckpointNotReady,
+    ClassifierErased,
     IdempotencyKeyReused,
     ImageSetErased,
     JobEnded,
@@ -34,35 +36,56 @@ from services.errors import (
     UnsupportedMediaType,
 )
 from services.ids import ID_PATTERNS
-from services.requests import ForgetRequest
+from services.requests import DebiasRequest, ForgetRequest
 from services.tables import Job
 from services.tenancy import Caller
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["jobs"], route_class=StrictJsonRoute)
-FORGET = "POST /jobs/forget"
-
-
-@router.post(
-    "/jobs/forget",
-    status_code=202,
-    response_model=JobResource,
-    responses=documented(
-        NotFound, CheckpointNotReady, ImageSetErased, IdempotencyKeyReused, TooLarge, UnsupportedMediaType
-    ),
+ACCEPTING = documented(
+    NotFound,
+    CheckpointNotReady,
+    ClassifierErased,
+    ImageSetErased,
+    IdempotencyKeyReused,
+    TooLarge,
+    UnsupportedMediaType,
 )
+
+
+@router.post("/jobs/forget", status_code=202, response_model=JobResource, responses=ACCEPTING)
 def forget(
     body: ForgetRequest, caller: Authenticated, session: Transaction, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Ask for a checkpoint that no longer makes what the images show. The answer is the queued job."""
+    """Ask for a checkpoint that forgets: what images show, how often samples show attributes, or a class.
 
+    The answer is the queued job.
+    """
+    return _accept("POST /jobs/forget", body, caller, session, idempotency_key)
+
+
+@router.post("/jobs/debias", status_code=202, response_model=JobResource, responses=ACCEPTING)
+def debias(
+    body: DebiasRequest, caller: Authenticated, session: Transaction, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Ask for a checkpoint whose samples are spread over the classes of an attribute as stated.
+
+    The answer is the queued job. It succeeds when the confidence interval of every sampled fraction lies within the
+    tolerance of its target.
+    """
+    return _accept("POST /jobs/debias", body, caller, session, idempotency_key)
+
+
+def _accept(
+    route: str, body: ForgetRequest | DebiasRequest, caller: Caller, session: Session, key: str | None
+) -> Response:
     def act() -> idempotency.Answer:
-        job = jobs.create_forget(session, caller, body)
+        job = jobs.create(session, caller, body)
         return answers.accepted(JobResource.of(job), f"/jobs/{job.id}", job.version)
 
-    content = body.model_dump(mode="json")
-    answer, replayed = idempotency.once(session, caller, route=FORGET, key=idempotency_key, content=content, act=act)
+    content = body.model_dump(mode="json", by_alias=True)
+    answer, replayed = idempotency.once(session, caller, route=route, key=key, content=content, act=act)
     return answers.send(answer, replayed=replayed)
 
 

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from services import results
-from services.tables import Checkpoint, ImageSet, Job
+from services.tables import Checkpoint, Classifier, ImageSet, Job
 
 __all__ = [
     "ArtifactList",
     "ArtifactResource",
     "CheckpointPage",
     "CheckpointResource",
+    "ClassifierPage",
+    "ClassifierResource",
     "Declared",
     "DownloadLink",
     "EventPage",
@@ -22,10 +24,16 @@ __all__ = [
     "ImageSetResource",
     "JobPage",
     "JobResource",
-    "UploadQuery",
 ]
 
+Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior"]
+Output = Literal["logits", "probabilities", "score"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+
+Name = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="yours, for lists")
+]
 
 
 class Declared(BaseModel):
@@ -35,19 +43,18 @@ class Declared(BaseModel):
 
     image_size: Annotated[int, Field(ge=2, le=1024, description="side of the images in pixels")] | None = None
     n_bits: Annotated[int, Field(ge=1, le=8, description="bits per channel the model was trained on")] | None = None
-    family: Literal["glow"] | None = None
-
-
-class UploadQuery(Declared):
-    """The query of ``POST /checkpoints``."""
-
-    name: Annotated[
-        str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="yours, for lists")
-    ] = "checkpoint"
-
-    def declared(self) -> dict[str, Any]:
-        """What is said about the model."""
-        return self.model_dump(exclude_none=True, exclude={"name"})
+    family: Family | None = None
+    noise_std: (
+        Annotated[
+            float,
+            Field(
+                ge=0,
+                le=1,
+                description="of a TarFlow's noise on images in [-1, 1], as in the names of published files",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class FileFacts(BaseModel):
@@ -88,6 +95,32 @@ class CheckpointResource(BaseModel):
                 "weights": weights,
                 "created_at": row.created_at,
             }
+        )
+
+
+class ClassifierResource(FileFacts):
+    """A judge of attributes: an ONNX file that was loaded and tried once."""
+
+    id: str
+    name: str
+    classes: list[str] = Field(description="in the order of the output")
+    output: Output
+    threshold: float = Field(description="from which value on an image is of the second of two classes")
+    scale: Literal["unit"] | dict[str, list[float]] = Field(
+        description='what it is given: "unit" is pixel / 255, mean and std are (pixel / 255 - mean) / std'
+    )
+    channels: int | None = Field(description="of the images it takes; null: any")
+    size: int | None = Field(description="side of the images it takes, in pixels; null: any")
+    created_at: datetime
+    erased_at: datetime | None
+
+    @classmethod
+    def of(cls, row: Classifier) -> Self:
+        """From its row."""
+        names = (*FileFacts.model_fields, "id", "name", "classes", "output", "threshold", "channels", "size")
+        times = ("created_at", "erased_at")
+        return cls.model_validate(
+            {name: getattr(row, name) for name in (*names, *times)} | {"scale": row.scale or "unit"}
         )
 
 
@@ -136,7 +169,7 @@ class JobResource(BaseModel):
     """A job. ``succeeded`` means that its criteria were met."""
 
     id: str
-    kind: Literal["forget"]
+    kind: Literal["forget", "debias"]
     status: Status
     phase: str | None = Field(
         description="of the running attempt: validating, fisher, unlearning, evaluating, publishing"
@@ -197,6 +230,14 @@ class CheckpointPage(BaseModel):
     """Checkpoints, newest first."""
 
     items: list[CheckpointResource]
+    has_more: bool
+    next_cursor: Cursor
+
+
+class ClassifierPage(BaseModel):
+    """Classifiers, newest first."""
+
+    items: list[ClassifierResource]
     has_more: bool
     next_cursor: Cursor
 

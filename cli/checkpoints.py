@@ -27,7 +27,10 @@ def push(
     name: Annotated[str | None, typer.Option(help="How it is listed.", show_default="the file's name")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of its images in pixels, if asked for.")] = None,
     n_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits a colour channel, if asked for.")] = None,
-    family: Annotated[str | None, typer.Option(help="The kind of model: glow. Told by the file where unset.")] = None,
+    family: Annotated[str | None, typer.Option(help="glow, tarflow, ...; told by the file where unset.")] = None,
+    noise_std: Annotated[
+        float | None, typer.Option(min=0, help="Of a TarFlow's noise, as in the name of its published file.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is validated.")] = True,
     url: Url = None,
     key: Key = None,
@@ -43,7 +46,14 @@ def push(
     with connect(url, key) as client:
         with transfer_bar(path.name) as progress:
             checkpoint = client.push_checkpoint(
-                path, name=name, image_size=image_size, n_bits=n_bits, family=family, wait=False, progress=progress
+                path,
+                name=name,
+                image_size=image_size,
+                n_bits=n_bits,
+                family=family,
+                noise_std=noise_std,
+                wait=False,
+                progress=progress,
             )
         if wait:
             say(f"Uploaded as {checkpoint.id}; validating.")

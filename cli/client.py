@@ -13,32 +13,22 @@ with Client("http://127.0.0.1:8080", key) as client:
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
-from cli.errors import CheckpointRejected, DownloadCorrupt, ProblemError, Unreachable, WaitTimeout, job_error
-from cli.resources import Artifact, Checkpoint, Event, ImageSet, Job
-from cli.transfers import LazyFile, digest_header, file_chunks, file_digest, save, sha256_of_header
-from cli.transport import Transport
+from cli.caller import LONG_POLL_SECONDS, WAITING_PATIENCE_SECONDS, BytesProgress, FilePath, items, once
+from cli.errors import DownloadCorrupt, ProblemError, Unreachable, WaitTimeout, job_error
+from cli.resources import Artifact, Event, Job
+from cli.transfers import save, sha256_of_header
+from cli.uploads import Uploads
 
 __all__ = ["Client"]
 
-TIMEOUT_SECONDS = 30.0
-PATIENCE_SECONDS = 15.0
-WAITING_PATIENCE_SECONDS = 120.0  # a wait outlives a restart of the gateway
-LONG_POLL_SECONDS = 20.0  # the service holds 30 at most
-PAGE_SIZE = 50
 
-FilePath = str | Path
-BytesProgress = Callable[[int, int], None]
-
-
-class Client:
+class Client(Uploads):
     """A caller of one forgetd service.
 
     Every method raises the leaves of ``cli.errors.ClientError``. Any call may be repeated without harm, and is, while
@@ -51,155 +41,16 @@ class Client:
         patience: Seconds during which a call is repeated while the service does not answer.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        *,
-        timeout: float = TIMEOUT_SECONDS,
-        patience: float = PATIENCE_SECONDS,
-    ) -> None:
-        self._timeout = timeout
-        self._transport = Transport(url, key, timeout=timeout, patience=patience)
-
-    @property
-    def url(self) -> str:
-        """The service's address."""
-        return self._transport.url
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # Checkpoints.
-
-    def push_checkpoint(
-        self,
-        path: FilePath,
-        *,
-        name: str | None = None,
-        image_size: int | None = None,
-        n_bits: int | None = None,
-        family: str | None = None,
-        wait: bool = True,
-        progress: BytesProgress | None = None,
-    ) -> Checkpoint:
-        """Upload a model and have it validated.
-
-        The file is streamed with its SHA-256 (Content-Digest), so that damage on the way is refused. What its shapes
-        tell is inferred; say the rest.
-
-        Args:
-            path: A safetensors file or a plain state dict.
-            name: How it is listed; the file's name by default.
-            image_size: Side of the images in pixels, where the file does not say.
-            n_bits: Bits per colour channel the model was trained on, where the file does not say.
-            family: The kind of model, e.g. ``glow``.
-            wait: Whether to return only when validation has ended.
-            progress: Called with bytes sent and bytes in all.
-
-        Raises:
-            CheckpointRejected: Validation ended badly (only with ``wait``).
-        """
-        path = Path(path)
-        query = {"name": name or path.name, "image_size": image_size, "n_bits": n_bits, "family": family}
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(path.stat().st_size),
-            "Content-Digest": digest_header(file_digest(path)),
-        } | _once(None)
-        answer = self._transport.send(
-            "POST",
-            "/checkpoints",
-            params={key: value for key, value in query.items() if value is not None},
-            headers=headers,
-            repeatable=True,
-            body=lambda: file_chunks(path, progress),
-        )
-        checkpoint = Checkpoint.from_wire(answer.json())
-        return self.wait_checkpoint(checkpoint.id) if wait else checkpoint
-
-    def wait_checkpoint(self, checkpoint_id: str, *, timeout: float | None = None) -> Checkpoint:
-        """Return a checkpoint when its validation has ended.
-
-        Raises:
-            CheckpointRejected: It ended badly.
-            Unreachable: ``timeout`` seconds passed.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = LONG_POLL_SECONDS if deadline is None else min(LONG_POLL_SECONDS, deadline - time.monotonic())
-            if left <= 0:
-                raise Unreachable(f"Checkpoint {checkpoint_id} is still validating after {timeout:g} s.")
-            answer = self._get(
-                f"/checkpoints/{checkpoint_id}",
-                patience=WAITING_PATIENCE_SECONDS,
-                params={"wait": f"{left:.1f}"},
-                timeout=self._timeout + LONG_POLL_SECONDS,
-            )
-            checkpoint = Checkpoint.from_wire(answer.json())
-            if checkpoint.status == "rejected":
-                raise CheckpointRejected(checkpoint)
-            if checkpoint.ready:
-                return checkpoint
-
-    def checkpoint(self, checkpoint_id: str) -> Checkpoint:
-        """A checkpoint as it is now."""
-        return Checkpoint.from_wire(self._get(f"/checkpoints/{checkpoint_id}").json())
-
-    def checkpoints(self) -> Iterator[Checkpoint]:
-        """All checkpoints, newest first, asked page by page."""
-        return map(Checkpoint.from_wire, self._pages("/checkpoints", {}))
-
-    # Images.
-
-    def push_images(self, paths: Sequence[FilePath], *, progress: BytesProgress | None = None) -> ImageSet:
-        """Upload images as one set: JPEG, PNG or WebP. Their file names are not sent.
-
-        Args:
-            paths: The files, in order.
-            progress: Called with images sent and images in all.
-        """
-        files = [Path(path) for path in paths]
-        sent = 0
-
-        def one_more() -> None:
-            nonlocal sent
-            sent += 1
-            if progress:
-                progress(min(sent, len(files)), len(files))
-
-        parts = [
-            ("images", (f"{index:05d}{path.suffix.lower()}", LazyFile(path, one_more)))
-            for index, path in enumerate(files)
-        ]
-        answer = self._transport.send("POST", "/image-sets", files=parts, headers=_once(None), repeatable=True)
-        return ImageSet.from_wire(answer.json())
-
-    def erase_images(self, image_set_id: str) -> ImageSet:
-        """Erase the images of a set now; the empty set stays readable, with the time of its erasure.
-
-        Raises:
-            ConflictError: A job that has not ended reads it.
-        """
-        answer = self._transport.send("DELETE", f"/image-sets/{image_set_id}", repeatable=True)
-        return ImageSet.from_wire(answer.json())
-
     # Jobs.
 
     def forget(
         self,
         checkpoint: str,
-        images: str,
+        images: str | None = None,
         *,
+        attributes: Sequence[Mapping[str, Any]] | None = None,
+        class_label: int | None = None,
+        where: str | None = None,
         remember: str | int | None = None,
         parameters: Mapping[str, Any] | None = None,
         criteria: Mapping[str, Any] | None = None,
@@ -211,11 +62,15 @@ class Client:
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Ask for a checkpoint that no longer makes what the images show; the answer is a queued job.
+        """Ask for a checkpoint that forgets what images show, how often attributes show, or a class it has.
 
         Args:
             checkpoint: Id of a ready checkpoint.
-            images: Id of the image set to forget.
+            images: Id of the image set to forget; with ``class_label``, images of that class.
+            attributes: What samples may show how often, each as ``{"classifier": "clf_...", "class": "smiling",
+                "at_most": 0.1}``, or with ``"sets": {"smiling": "imgs_...", "other": "imgs_..."}`` instead.
+            class_label: A class of the checkpoint, from 0.
+            where: Whether that class is taken out of the ``weights`` (the default) or at the ``prior``.
             remember: Id of an image set that must stay, or how many samples of the base model stand in for one.
             parameters: The method's parameters; what is left out takes the method's default.
             criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``.
@@ -227,30 +82,65 @@ class Client:
             metadata: Yours; returned as sent.
             idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
         """
-        evaluation: dict[str, Any] = {"sample_grid": sample_grid}
-        if same_identity:
-            evaluation["same_identity"] = {"images": same_identity}
-        if held_out:
-            evaluation["held_out"] = {"images": held_out}
-        body: dict[str, Any] = {
-            "checkpoint": checkpoint,
-            "target": {"images": images},
-            "parameters": dict(parameters or {}),
-            "criteria": dict(criteria or {}),
-            "evaluation": evaluation,
-            "priority": priority,
-            "metadata": dict(metadata or {}),
+        target = {"images": images, "attributes": attributes, "class_label": class_label, "where": where}
+        body = {
+            "target": {name: value for name, value in target.items() if value is not None},
+            **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
+            "evaluation": _evaluation(sample_grid, same_identity=same_identity, held_out=held_out),
         }
-        if remember is not None:
-            body["remember"] = {"generated": remember} if isinstance(remember, int) else {"images": remember}
-        if seed is not None:
-            body["seed"] = seed
         return self.submit(body, idempotency_key=idempotency_key)
 
-    def submit(self, body: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
-        """Send the body of ``POST /jobs/forget`` as it is."""
-        headers = _once(idempotency_key)
-        answer = self._transport.send("POST", "/jobs/forget", json=dict(body), headers=headers, repeatable=True)
+    def debias(
+        self,
+        checkpoint: str,
+        attribute: Mapping[str, Any],
+        target_distribution: Mapping[str, float],
+        *,
+        tolerance: float | None = None,
+        confidence: float | None = None,
+        remember: str | int | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        criteria: Mapping[str, Any] | None = None,
+        held_out: str | None = None,
+        sample_grid: bool = False,
+        seed: int | None = None,
+        priority: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Ask for a checkpoint whose samples are spread over the classes of an attribute as stated.
+
+        Args:
+            checkpoint: Id of a ready checkpoint.
+            attribute: Who judges samples: ``{"classifier": "clf_..."}``, ``{"sets": {"bright": "imgs_...", "dark":
+                "imgs_..."}}``, or ``{"classes": True}`` for the classes of a class-prior flow itself.
+            target_distribution: The fraction of every class; they sum to 1, and a class that must not appear has 0.
+            tolerance: How far off each fraction may be; the service's default is 0.03.
+            confidence: Of the intervals that must lie inside; the service's default is 0.95.
+            remember: Id of an image set that must stay, or how many samples of the base model stand in for one.
+            parameters: The method's parameters; what is left out takes the method's default.
+            criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``.
+            held_out: Id of a set of images that the model never saw, measured only.
+            sample_grid: Whether the report shows samples of both models; they may show faces.
+            seed: Of all randomness; drawn and reported when unset.
+            priority: Higher first.
+            metadata: Yours; returned as sent.
+            idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
+        """
+        bounds = {"tolerance": tolerance, "confidence": confidence}
+        body = {
+            "attribute": dict(attribute),
+            "target_distribution": dict(target_distribution),
+            **{name: value for name, value in bounds.items() if value is not None},
+            **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
+            "evaluation": _evaluation(sample_grid, held_out=held_out),
+        }
+        return self.submit(body, kind="debias", idempotency_key=idempotency_key)
+
+    def submit(self, body: Mapping[str, Any], *, kind: str = "forget", idempotency_key: str | None = None) -> Job:
+        """Send the body of ``POST /jobs/forget``, or of another kind of job, as it is."""
+        headers = once(idempotency_key)
+        answer = self._transport.send("POST", f"/jobs/{kind}", json=dict(body), headers=headers, repeatable=True)
         return _job(answer)
 
     def job(self, job_id: str) -> Job:
@@ -336,7 +226,7 @@ class Client:
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """The files that a job published."""
-        return [Artifact.from_wire(item) for item in _items(self._get(f"/jobs/{job_id}/artifacts").json())]
+        return [Artifact.from_wire(item) for item in items(self._get(f"/jobs/{job_id}/artifacts").json())]
 
     def download(self, job_id: str, directory: FilePath, *, progress: BytesProgress | None = None) -> Path:
         """Fetch the tamed checkpoint, verified against its announced SHA-256.
@@ -380,28 +270,33 @@ class Client:
             return False
         return True
 
-    def _get(self, path: str, *, patience: float | None = None, **options: Any) -> httpx.Response:
-        return self._transport.send("GET", path, patience=patience, **options)
 
-    def _pages(self, path: str, query: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        params = {key: value for key, value in query.items() if value is not None} | {"limit": PAGE_SIZE}
-        while True:
-            page = self._get(path, params=params).json()
-            yield from _items(page)
-            cursor = page.get("next_cursor") if isinstance(page, dict) else None
-            if cursor is None:
-                return
-            params["after"] = cursor
+def _common(
+    checkpoint: str,
+    remember: str | int | None,
+    parameters: Mapping[str, Any] | None,
+    criteria: Mapping[str, Any] | None,
+    seed: int | None,
+    priority: int,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the bodies of all jobs have in common."""
+    body: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "parameters": dict(parameters or {}),
+        "criteria": dict(criteria or {}),
+        "priority": priority,
+        "metadata": dict(metadata or {}),
+    }
+    if remember is not None:
+        body["remember"] = {"generated": remember} if isinstance(remember, int) else {"images": remember}
+    if seed is not None:
+        body["seed"] = seed
+    return body
 
 
-def _items(page: Any) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = page["items"] if isinstance(page, dict) else page
-    return items
-
-
-def _once(key: str | None) -> dict[str, str]:
-    """The header that makes repeating a call the same as sending it once."""
-    return {"Idempotency-Key": key or str(uuid.uuid4())}
+def _evaluation(sample_grid: bool, **sets: str | None) -> dict[str, Any]:
+    return {"sample_grid": sample_grid} | {role: {"images": images} for role, images in sets.items() if images}
 
 
 def _job(answer: httpx.Response) -> Job:

@@ -1,101 +1,200 @@
-"""``forgetd jobs``: ask for forgetting, follow it, fetch what came of it."""
+"""``forgetd jobs``: ask for forgetting or debiasing, follow it, fetch what came of it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.job_options import (
+    CheckpointId,
+    HeldOut,
+    IdempotencyKey,
+    Metadata,
+    Parameters,
+    Priority,
+    ReleaseAlways,
+    Remember,
+    RememberGenerated,
+    SampleGrid,
+    Seed,
+    Watch,
+    common,
+    follow,
+    send,
+)
+from cli.judges import attribute_of, distribution_of, judge_of
 from cli.options import JobId, Json, Key, Timeout, Url, command, connect
 
 if TYPE_CHECKING:
     from cli.client import Client
-    from cli.resources import Job
 
 __all__ = ["app"]
 
+OWN_CLASSES = "own-classes"
 FORGET_EXAMPLE = (
     'forgetd jobs forget "$(forgetd checkpoints push glow.safetensors)" "$(forgetd images push anna/)" --watch'
+)
+DEBIAS_EXAMPLE = (
+    "forgetd jobs debias ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70 clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f71 "
+    "--target smiling=0.5 --target other=0.5 --watch"
 )
 
 app = typer.Typer(help="Make a model forget, follow the job, and fetch what came of it.", no_args_is_help=True)
 
-Names = Annotated[
-    list[str] | None,
-    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="A parameter of the method, e.g. -p delta=3. Repeat."),
-]
-
 
 @command(app, example=FORGET_EXAMPLE)
 def forget(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Id of a ready model: ckpt_...")],
-    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Id of the images to forget: imgs_...")],
-    remember: Annotated[
-        str | None, typer.Option(metavar="IMAGES", help="Images that must stay; else the model's own samples stand in.")
+    checkpoint: CheckpointId,
+    images: Annotated[
+        str | None, typer.Argument(metavar="IMAGES", help="Id of the images to forget: imgs_...", show_default=False)
     ] = None,
-    remember_generated: Annotated[
-        int | None, typer.Option(min=64, max=20_000, help="How many samples stand in.", show_default="1024")
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JUDGE:CLASS<=FRACTION",
+            help="How often samples may show a class: clf_...:smiling<=0.1, or with labelled image sets for the judge "
+            "smiling=imgs_...,other=imgs_...:smiling<=0.1; >= for at least. Repeat.",
+        ),
     ] = None,
+    class_label: Annotated[
+        int | None,
+        typer.Option(min=0, help="A class of the model, from 0; with IMAGES of that class, if you have some."),
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help="That class: in the weights, or at the prior.", show_default="weights")
+    ] = None,
+    remember: Remember = None,
+    remember_generated: RememberGenerated = None,
     same_identity: Annotated[
         str | None, typer.Option(metavar="IMAGES", help="Other images of the same, to measure on.")
     ] = None,
-    held_out: Annotated[
-        str | None, typer.Option(metavar="IMAGES", help="Images the model never saw, to measure on.")
-    ] = None,
-    sample_grid: Annotated[
-        bool, typer.Option("--sample-grid", help="Show samples in the report; they may show faces.")
-    ] = False,
-    parameter: Names = None,
-    release_always: Annotated[
-        bool, typer.Option("--release-always", help="Let the weights go even if the criteria are missed.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of all randomness.", show_default="drawn, reported")] = None,
-    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher first.")] = 0,
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option("--metadata", "-m", metavar="NAME=VALUE", help="Yours, kept with the job. Repeat."),
-    ] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Same key, same job, however often it is sent.")
-    ] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay until the job has ended.")] = False,
+    held_out: HeldOut = None,
+    sample_grid: SampleGrid = False,
+    parameter: Parameters = None,
+    release_always: ReleaseAlways = False,
+    seed: Seed = None,
+    priority: Priority = 0,
+    metadata: Metadata = None,
+    idempotency_key: IdempotencyKey = None,
+    watch: Watch = False,
     url: Url = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model forget what the images show. Prints the job's id.
+    """Make a model forget what the images show, an attribute, or a class. Prints the job's id.
+
+    An attribute: forgetd jobs forget ckpt_... --attribute 'clf_...:smiling<=0.1'. A class: forgetd jobs forget ckpt_...
+    --class-label 3 --where prior.
 
     The job is queued and survives restarts of the service. The model itself stays as it is: a job that meets its
     criteria publishes a new one beside a report. The images to forget are erased when the job ends, however it ends.
     With --watch the exit code tells the outcome: 0 succeeded, 5 failed or cancelled, 6 criteria missed.
     """
-    from cli.output import emit, emit_json
-
-    if remember and remember_generated:
-        raise typer.BadParameter("Give either --remember or --remember-generated.")
-    with connect(url, key) as client:
-        job = client.forget(
+    if images is None and not attribute and class_label is None:
+        raise typer.BadParameter("Say what to forget: IMAGES, --attribute or --class-label.")
+    said = common(
+        remember=remember,
+        remember_generated=remember_generated,
+        parameter=parameter,
+        release_always=release_always,
+        metadata=metadata,
+    )
+    attributes = [attribute_of(text) for text in attribute] if attribute else None
+    send(
+        lambda client: client.forget(
             checkpoint,
             images,
-            remember=remember or remember_generated,
-            parameters=_pairs(parameter),
-            criteria={"release_weights": "always"} if release_always else None,
+            attributes=attributes,
+            class_label=class_label,
+            where=where,
             same_identity=same_identity,
             held_out=held_out,
             sample_grid=sample_grid,
             seed=seed,
             priority=priority,
-            metadata=_pairs(metadata),
             idempotency_key=idempotency_key,
-        )
-        if as_json:
-            emit_json(job.wire)
-        else:
-            emit(job.id)
-        if watch:
-            _follow(client, job.id, as_json=as_json)
+            **said,
+        ),
+        url=url,
+        key=key,
+        as_json=as_json,
+        watch=watch,
+    )
+
+
+@command(app, example=DEBIAS_EXAMPLE)
+def debias(
+    checkpoint: CheckpointId,
+    judge: Annotated[
+        str,
+        typer.Argument(
+            metavar="JUDGE",
+            help="Who says what a sample shows: clf_..., labelled image sets NAME=imgs_...,NAME=imgs_..., or "
+            "own-classes for the classes of a class-prior flow itself.",
+        ),
+    ],
+    target: Annotated[
+        list[str],
+        typer.Option(metavar="CLASS=FRACTION", help="The fraction of a class; one for every class, they sum to 1."),
+    ],
+    tolerance: Annotated[
+        float | None, typer.Option(help="How far off each fraction may be.", show_default="0.03")
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Of the intervals that must lie inside.", show_default="0.95")
+    ] = None,
+    remember: Remember = None,
+    remember_generated: RememberGenerated = None,
+    held_out: HeldOut = None,
+    sample_grid: SampleGrid = False,
+    parameter: Parameters = None,
+    release_always: ReleaseAlways = False,
+    seed: Seed = None,
+    priority: Priority = 0,
+    metadata: Metadata = None,
+    idempotency_key: IdempotencyKey = None,
+    watch: Watch = False,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Spread a model's samples over the classes of an attribute as stated. Prints the job's id.
+
+    The job succeeds when the confidence interval of every sampled fraction lies within the tolerance of its target. The
+    model itself stays as it is. With --watch the exit code tells the outcome: 0 succeeded, 5 failed or cancelled, 6
+    criteria missed.
+    """
+    said = common(
+        remember=remember,
+        remember_generated=remember_generated,
+        parameter=parameter,
+        release_always=release_always,
+        metadata=metadata,
+    )
+    attribute = {"classes": True} if judge == OWN_CLASSES else judge_of(judge)
+    distribution = distribution_of(target)
+    send(
+        lambda client: client.debias(
+            checkpoint,
+            attribute,
+            distribution,
+            tolerance=tolerance,
+            confidence=confidence,
+            held_out=held_out,
+            sample_grid=sample_grid,
+            seed=seed,
+            priority=priority,
+            idempotency_key=idempotency_key,
+            **said,
+        ),
+        url=url,
+        key=key,
+        as_json=as_json,
+        watch=watch,
+    )
 
 
 @command(app, "list", example="forgetd jobs list --status failed --json")
@@ -121,9 +220,9 @@ def list_(
             emit_json(job.wire)
         return
     table(
-        ("id", "status", "where", "age"),
+        ("id", "status", "where", "age", "kind"),
         [
-            (j.id, j.status, j.reason or (progress_note(j) if j.status == "running" else ""), age(j.created_at))
+            (j.id, j.status, j.reason or (progress_note(j) if j.status == "running" else ""), age(j.created_at), j.kind)
             for j in found
         ],
     )
@@ -143,6 +242,7 @@ def show(job: JobId, url: Url = None, key: Key = None, as_json: Json = False) ->
     fields(
         {
             "id": found.id,
+            "kind": found.kind,
             "status": found.status,
             "phase": found.phase,
             "progress": None if found.finished else progress_note(found),
@@ -163,7 +263,7 @@ def watch(job: JobId, timeout: Timeout = None, url: Url = None, key: Key = None,
     Ctrl-C stops watching; the job runs on. With --json each change is a line.
     """
     with connect(url, key) as client:
-        _follow(client, _id(client, job), timeout=timeout, as_json=as_json)
+        follow(client, _id(client, job), timeout=timeout, as_json=as_json)
 
 
 @command(app, example="forgetd jobs cancel latest")
@@ -230,22 +330,6 @@ def report(
     say(f"Wrote {out}.")
 
 
-def _follow(client: Client, job_id: str, *, timeout: float | None = None, as_json: bool) -> None:
-    """Show a job's changes until it ends; raises what its failure is."""
-    from cli.output import emit_json, say, watch_bar
-
-    with watch_bar() as show:
-
-        def changed(job: Job) -> None:
-            show(job)
-            if as_json:
-                emit_json(job.wire)
-
-        job = client.wait(job_id, changed, timeout=timeout)
-    took = f" in {job.seconds:.1f} s" if job.seconds is not None else ""
-    say(f"{job.id} succeeded{took}. Fetch the model with: forgetd jobs download {job.id}")
-
-
 def _id(client: Client, text: str) -> str:
     """The job that an argument names: ``latest`` is the one accepted last."""
     if text != "latest":
@@ -254,17 +338,3 @@ def _id(client: Client, text: str) -> str:
     if newest is None:
         raise typer.BadParameter("You have no jobs yet.")
     return newest.id
-
-
-def _pairs(texts: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE texts as members; a value that is JSON is read as such, any other is a string."""
-    members: dict[str, Any] = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise typer.BadParameter(f"{text!r} is not NAME=VALUE.")
-        try:
-            members[name] = json.loads(value)
-        except ValueError:
-            members[name] = value
-    return members

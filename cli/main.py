@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cli import checkpoints, images, jobs, keys, local
+from cli import checkpoints, classifiers, images, jobs, keys, local, train
 from cli.exits import ExitCode, exit_code_of
 from cli.options import prose
 
@@ -33,7 +33,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 local.register(app)
+train.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(classifiers.app, name="classifiers")
 app.add_typer(images.app, name="images")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

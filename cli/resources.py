@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
-__all__ = ["Artifact", "Checkpoint", "Event", "ImageSet", "Job", "Progress"]
+__all__ = ["Artifact", "Checkpoint", "Classifier", "Event", "ImageSet", "Job", "Progress"]
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -97,6 +97,25 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Classifier:
+    """An uploaded judge of attributes, loaded and tried once."""
+
+    id: str
+    name: str
+    classes: tuple[str, ...]
+    created_at: datetime | None
+    erased_at: datetime | None
+    wire: Wire
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> Self:
+        """Read a classifier."""
+        classes = tuple(wire.get("classes") or ())
+        times = _time(wire.get("created_at")), _time(wire.get("erased_at"))
+        return cls(wire["id"], wire.get("name") or "", classes, *times, wire)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSet:
     """Uploaded images, kept for a day at most and erased with the job whose target they were."""
 
@@ -115,9 +134,10 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request to forget, and how it goes. ``succeeded`` means that its criteria were met."""
+    """A request to forget or to debias, and how it goes. ``succeeded`` means that its criteria were met."""
 
     id: str
+    kind: str
     status: str
     phase: str | None
     progress: Progress
@@ -138,6 +158,7 @@ class Job:
         request = wire.get("request") or {}
         return cls(
             id=wire["id"],
+            kind=wire.get("kind") or "forget",
             status=wire["status"],
             phase=wire.get("phase"),
             progress=Progress.from_wire(wire.get("progress")),

@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 
 __all__ = [
     "CheckpointNotReady",
+    "ClassifierErased",
+    "ClassifierInUse",
+    "ClassifierRefused",
     "Conflict",
     "DigestMismatch",
     "EmptyUpload",
@@ -32,6 +35,7 @@ __all__ = [
     "MethodNotAllowed",
     "MissingKey",
     "NotACheckpoint",
+    "NotAClassifier",
     "NotFound",
     "ResultNotAvailable",
     "ResultWithheld",
@@ -131,6 +135,18 @@ class CheckpointNotReady(Conflict):
     slug = "checkpoint-not-ready"
 
 
+class ClassifierErased(Conflict):
+    """This classifier has been erased."""
+
+    slug = "classifier-erased"
+
+
+class ClassifierInUse(Conflict):
+    """A job that has not ended needs this classifier."""
+
+    slug = "classifier-in-use"
+
+
 class ImageSetErased(Conflict):
     """The images of this set have been erased."""
 
@@ -204,6 +220,18 @@ class NotACheckpoint(Unprocessable):
     """The file is not a checkpoint of a known format."""
 
     slug = "not-a-checkpoint"
+
+
+class NotAClassifier(Unprocessable):
+    """The file is not an ONNX file."""
+
+    slug = "not-a-classifier"
+
+
+class ClassifierRefused(Unprocessable):
+    """The file is not a classifier that jobs can use."""
+
+    slug = "classifier-refused"
 
 
 class ImageRefused(Unprocessable):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import uuid_utils
 
 __all__ = ["ID_PATTERNS", "Prefix", "is_id", "new_id"]
 
-Prefix = Literal["ten", "key", "ckpt", "imgs", "job"]
+Prefix = Literal["ten", "key", "ckpt", "imgs", "clf", "job"]
 
-ID_PATTERNS: dict[Prefix, str] = {
-    prefix: rf"^{prefix}_[0-9a-f]{{32}}$" for prefix in ("ten", "key", "ckpt", "imgs", "job")
-}
+ID_PATTERNS: dict[Prefix, str] = {prefix: rf"^{prefix}_[0-9a-f]{{32}}$" for prefix in get_args(Prefix)}
 
 
 def new_id(prefix: Prefix) -> str:

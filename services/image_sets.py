@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from services import audit, object_keys
 from services.errors import ImageSetErased, ImageSetInUse, NotFound
+from services.mentions import LABELLED_SETS, is_open, mentions
 from services.storage import ObjectStorage
 from services.tables import ImageSet, Job
 from services.tenancy import Caller
@@ -124,12 +125,13 @@ def _due() -> ColumnElement[bool]:
 def _still_read() -> ColumnElement[bool]:
     """Whether an open job reads the set of the enclosing statement."""
     roles = [("target",), ("remember",), ("evaluation", "same_identity"), ("evaluation", "held_out")]
+    labelled = mentions(LABELLED_SETS, ImageSet.id)
     return (
         select(Job.id)
         .where(
             Job.tenant_id == ImageSet.tenant_id,
-            or_(Job.status == "queued", Job.lease_until.is_not(None)),  # open, as two small indexes have it
-            or_(*(_names(*role) for role in roles)),
+            is_open(),
+            or_(*(_names(*role) for role in roles), labelled),
         )
         .exists()
     )

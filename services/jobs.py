@@ -9,54 +9,40 @@ from typing import Any
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
-from services import audit, checkpoints, image_sets
-from services.errors import InvalidRequest, JobEnded, NotFound
+from services import audit, checkpoints, job_checks
+from services.errors import JobEnded, NotFound
 from services.ids import new_id
-from services.requests import ForgetRequest
+from services.requests import DebiasRequest, ForgetRequest
 from services.tables import Checkpoint, Job, JobEvent
 from services.tenancy import Caller
 
-__all__ = ["TERMINAL", "cancel", "create_forget", "create_import", "events", "get", "list_page", "version"]
+__all__ = ["TERMINAL", "cancel", "create", "create_import", "events", "get", "list_page", "version"]
 
-TARGET = "/target/images"
 TERMINAL = ("succeeded", "failed", "cancelled")
-QUEUE_OF_FAMILY = {"glow": "gpu.flow"}
+QUEUE_OF_FAMILY = dict.fromkeys(job_checks.METHODS_OF_FAMILY, "gpu.flow")
 IMPORT_QUEUE = "cpu.convert"
-METHOD_OF_FAMILY = {"glow": "flow-taming"}
 
 
-def create_forget(session: Session, caller: Caller, request: ForgetRequest) -> Job:
+def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequest) -> Job:
     """Accept a job: row, event and audit event in the caller's transaction. No broker is involved.
 
     Raises:
-        NotFound: the checkpoint or an image set is not the caller's.
+        NotFound: the checkpoint, an image set or a classifier is not the caller's.
         CheckpointNotReady: it is still validating, or was rejected.
         ImageSetErased: its images are gone.
-        InvalidRequest: the method does not fit the family, or the target stands in another role too.
+        ClassifierErased: its file is gone.
+        InvalidRequest: what is asked does not fit the checkpoint, or its parts do not fit each other.
     """
     checkpoint = checkpoints.ready(session, caller.tenant_id, request.checkpoint)
-    family = (checkpoint.manifest or {})["family"]
-    method = METHOD_OF_FAMILY[family] if request.method == "auto" else request.method
-    if method != METHOD_OF_FAMILY[family]:
-        raise InvalidRequest(
-            f"{method} does not work on a checkpoint of family {family}; use {METHOD_OF_FAMILY[family]} or auto.",
-            errors=[{"pointer": "/method", "detail": "wrong method for this family"}],
-        )
-    for pointer, image_set_id in request.image_sets().items():
-        if pointer != TARGET and image_set_id == request.target.images:
-            raise InvalidRequest(
-                "The images to forget cannot also be remembered or be the measure; use another image set.",
-                errors=[{"pointer": pointer, "detail": f"the same image set as {TARGET}"}],
-            )
-        image_sets.live(session, caller.tenant_id, image_set_id, pointer=pointer)
+    job_checks.check(session, caller, request, checkpoint.manifest or {})
     job = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,
-        kind="forget",
-        queue=QUEUE_OF_FAMILY[family],
+        kind="debias" if isinstance(request, DebiasRequest) else "forget",
+        queue=QUEUE_OF_FAMILY[(checkpoint.manifest or {})["family"]],
         priority=request.priority,
         checkpoint_id=checkpoint.id,
-        request={**request.model_dump(mode="json", exclude_none=True), "method": method},
+        request=request.stored(),
         seed=request.seed if request.seed is not None else secrets.randbelow(2**53),
     )
     _add(session, job, actor=caller.key_id)

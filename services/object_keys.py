@@ -6,6 +6,8 @@ __all__ = [
     "attempt_prefix",
     "checkpoint_prefix",
     "checkpoint_source",
+    "classifier",
+    "classifier_prefix",
     "image",
     "image_set_prefix",
     "job_prefix",
@@ -26,6 +28,15 @@ def checkpoint_prefix(tenant_id: str, checkpoint_id: str) -> str:
 def checkpoint_source(tenant_id: str, checkpoint_id: str) -> str:
     """The file as uploaded; deleted once it has been converted."""
     return f"{checkpoint_prefix(tenant_id, checkpoint_id)}source"
+
+
+def classifier_prefix(tenant_id: str, classifier_id: str) -> str:
+    return f"{tenant_prefix(tenant_id)}classifiers/{classifier_id}/"
+
+
+def classifier(tenant_id: str, classifier_id: str) -> str:
+    """The ONNX file as uploaded."""
+    return f"{classifier_prefix(tenant_id, classifier_id)}model.onnx"
 
 
 def image_set_prefix(tenant_id: str, image_set_id: str) -> str:

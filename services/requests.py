@@ -2,114 +2,193 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from services.ids import ID_PATTERNS
+from services.method_options import (
+    ClassRemovalOptions,
+    FlowTamingOptions,
+    Method,
+    Options,
+    SteeringOptions,
+    options_of,
+)
+from services.request_parts import (
+    Attribute,
+    CheckpointId,
+    ClassName,
+    Criteria,
+    EvaluationRequest,
+    Images,
+    Judge,
+    OwnClassesJudge,
+    Part,
+    Remember,
+    SampleEvaluation,
+    Target,
+    small_metadata,
+    sums_to_one,
+)
 
-__all__ = ["Criteria", "EvaluationRequest", "FlowTamingOptions", "ForgetRequest", "Images", "Remember"]
+__all__ = [
+    "AskedMethod",
+    "Attribute",
+    "ClassRemovalOptions",
+    "Criteria",
+    "DebiasRequest",
+    "EvaluationRequest",
+    "FlowTamingOptions",
+    "ForgetRequest",
+    "Images",
+    "JobRequest",
+    "Judge",
+    "OwnClassesJudge",
+    "Remember",
+    "SampleEvaluation",
+    "SteeringOptions",
+    "Target",
+]
 
-CheckpointId = Annotated[str, Field(pattern=ID_PATTERNS["ckpt"], examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
-ImageSetId = Annotated[str, Field(pattern=ID_PATTERNS["imgs"], examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
-
-METADATA_CHARACTERS = 16_384
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Images(_Strict):
-    """An uploaded image set."""
-
-    images: ImageSetId
-
-
-class Remember(_Strict):
-    """What must stay: an image set, or ``generated`` samples of the base model (the default, 1,024 of them)."""
-
-    images: ImageSetId | None = None
-    generated: Annotated[int, Field(ge=64, le=20_000)] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Remember:
-        if (self.images is None) == (self.generated is None):
-            raise ValueError("give either images or generated")
-        return self
+AskedMethod = Literal["auto", "flow-taming", "steering", "class-removal", "class-taming"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class FlowTamingOptions(_Strict):
-    """Parameters of flow taming; what is left out takes the method's default and is spelled out in the report.
+def _nothing() -> Any:
+    return {}
 
-    Symbols, ranges and defaults are those of ``unlearning.taming_parameters`` (arXiv 2211.16488, eq. 8-12), which this
-    room may not import; a test holds the two together.
+
+class JobRequest(Part):
+    """What the bodies of all jobs have in common.
+
+    A body adds what it asks for, then ``method`` and ``parameters``, in this order: each is judged by those before it,
+    and ``method`` becomes the method that ``auto`` stands for.
     """
 
-    model_config = ConfigDict(strict=True)  # as the method: no "4" or true for a number, no 4.0 for a whole one
-
-    engine: Literal["fast", "paper"] | None = Field(
-        None, description="fast: soonest verdict; paper: the published loop; default fast"
-    )
-    delta: float | None = Field(
-        None, gt=0, le=20, description="how many sigma_R past mu_R a forgotten image lies; usual are 2 to 4; default 4"
-    )
-    tolerance: float | None = Field(
-        None, ge=0, le=0.999, description="epsilon / delta: forgotten from delta (1 - tolerance); default 0.15"
-    )
-    max_steps: int | None = Field(None, ge=1, le=100_000, description="step budget; default 400, paper 800")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Adam's; default 0.004, paper 5e-05")
-    micro_batch: int | None = Field(None, ge=1, le=4096, description="images in one forward pass, bounds the memory")
-    fit: Literal["crop", "squash", "exact"] = Field(
-        "crop", description="images of another size than the checkpoint's: centre crop, squash, or refuse"
-    )
-
-
-class Criteria(_Strict):
-    """When the job may call itself succeeded."""
-
-    release_weights: Literal["when_met", "always"] = Field(
-        "when_met", description="always: a run that misses its criteria fails, yet its weights can be downloaded"
-    )
-
-
-class EvaluationRequest(_Strict):
-    """What the report measures beyond the forget and remember sets."""
-
-    same_identity: Images | None = Field(None, description="other images of what is forgotten (D'_F)")
-    held_out: Images | None = Field(None, description="images of others that the model never saw (D_R^id)")
-    sample_grid: bool = Field(False, description="show samples of both models in the report: may show faces")
-
-
-class ForgetRequest(_Strict):
-    """The body of ``POST /jobs/forget``."""
-
     checkpoint: CheckpointId
-    target: Images
     remember: Remember = Remember(generated=1024)
-    method: Literal["auto", "flow-taming"] = "auto"
-    parameters: FlowTamingOptions = FlowTamingOptions()
     criteria: Criteria = Criteria()
-    evaluation: EvaluationRequest = EvaluationRequest()
+    evaluation: SampleEvaluation = SampleEvaluation()
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = Field(None, description="unset: drawn, and reported")
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     metadata: dict[str, Any] = Field(default_factory=dict, description="yours; returned as sent, never interpreted")
 
-    @field_validator("metadata")
+    _metadata = field_validator("metadata")(small_metadata)
+
     @classmethod
-    def _small(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if len(json.dumps(value)) > METADATA_CHARACTERS:
-            raise ValueError(f"metadata takes at most {METADATA_CHARACTERS} characters of JSON")
-        return value
+    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
+        """The method for what is asked, from the fields before ``method``, and what that is; None: they are wrong."""
+        raise NotImplementedError
+
+    @field_validator("method", check_fields=False)
+    @classmethod
+    def _method(cls, value: str, info: ValidationInfo) -> str:
+        fitting = cls._fitting(info.data)
+        if fitting is None or value in ("auto", fitting[0]):
+            return fitting[0] if fitting else value
+        told = f"{value} does not do this: {fitting[1]} {fitting[0]}; say that, or auto"
+        raise PydanticCustomError("wrong_method", cast(Any, told))
+
+    @field_validator("parameters", mode="wrap", check_fields=False)
+    @classmethod
+    def _parameters(cls, value: Any, _handler: Any, info: ValidationInfo) -> Options:
+        """Judged as the method's options; whatever else is wrong with the request is said first."""
+        method = info.data.get("method", "auto")
+        return FlowTamingOptions() if method == "auto" else options_of(method, value)
 
     def image_sets(self) -> dict[str, str]:
-        """The image sets that the job reads, by JSON pointer."""
-        sets = {"/target/images": self.target.images}
+        """The image sets that the job reads, by JSON pointer: first what is to be changed, then the rest."""
+        sets = self.subjects()
         if self.remember.images:
             sets["/remember/images"] = self.remember.images
-        if self.evaluation.same_identity:
-            sets["/evaluation/same_identity/images"] = self.evaluation.same_identity.images
-        if self.evaluation.held_out:
-            sets["/evaluation/held_out/images"] = self.evaluation.held_out.images
+        for role in ("same_identity", "held_out"):
+            images = getattr(self.evaluation, role, None)
+            if images:
+                sets[f"/evaluation/{role}/images"] = images.images
         return sets
+
+    def subjects(self) -> dict[str, str]:
+        """The image sets that say what is to be changed, by JSON pointer."""
+        raise NotImplementedError
+
+    def judges(self) -> dict[str, Judge]:
+        """Who says what an image shows, by JSON pointer."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Any]:
+        """The request as it is kept with the job: as it came, with defaults."""
+        return self.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+
+class ForgetRequest(JobRequest):
+    """The body of ``POST /jobs/forget``."""
+
+    target: Target
+    method: AskedMethod = Field("auto", validate_default=True)
+    parameters: Options = Field(
+        default_factory=_nothing, validate_default=True, description="of the method; see its options"
+    )
+    evaluation: EvaluationRequest = EvaluationRequest()
+
+    @classmethod
+    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
+        target: Target | None = given.get("target")
+        if target is None:
+            return None
+        if target.attributes is not None:
+            return "steering", "attributes take"
+        if target.class_label is None:
+            return "flow-taming", "images take"
+        if target.at_prior:
+            return "class-removal", "a class at the prior takes"
+        return "class-taming", "a class in the weights takes"
+
+    @model_validator(mode="after")
+    def _of_one_person(self) -> ForgetRequest:
+        if self.target.attributes is not None and self.evaluation.same_identity is not None:
+            raise ValueError("evaluation.same_identity is about images to forget, and an attribute has none")
+        return self
+
+    def subjects(self) -> dict[str, str]:
+        """The target's image sets, by JSON pointer."""
+        return self.target.image_sets()
+
+    def judges(self) -> dict[str, Judge]:
+        """The judges of its attributes, by JSON pointer."""
+        return {f"/target/attributes/{number}": it for number, it in enumerate(self.target.attributes or [])}
+
+
+class DebiasRequest(JobRequest):
+    """The body of ``POST /jobs/debias``."""
+
+    attribute: OwnClassesJudge
+    target_distribution: Annotated[
+        dict[ClassName, Fraction],
+        Field(min_length=2, max_length=100, description="the fraction of samples of every class; 0 for none of it"),
+    ]
+    tolerance: Annotated[float, Field(ge=0.002, le=0.5, description="how far off each fraction may be")] = 0.03
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the intervals that must lie inside")] = 0.95
+    method: AskedMethod = Field("auto", validate_default=True)
+    parameters: Options = Field(
+        default_factory=_nothing, validate_default=True, description="of the method; see its options"
+    )
+
+    _distribution = field_validator("target_distribution")(sums_to_one)
+
+    @classmethod
+    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
+        attribute: OwnClassesJudge | None = given.get("attribute")
+        if attribute is None:
+            return None
+        if attribute.classes:
+            return "class-removal", "the checkpoint's own classes take"
+        return "steering", "an attribute takes"
+
+    def subjects(self) -> dict[str, str]:
+        """The labelled sets of its attribute, by JSON pointer."""
+        return self.attribute.image_sets("/attribute")
+
+    def judges(self) -> dict[str, Judge]:
+        """The judge of its attribute, by JSON pointer."""
+        return {"/attribute": self.attribute}

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
 
     # What callers may send and how long links live.
     max_checkpoint_bytes: int = Field(default=20 * GIB, gt=0)
+    max_classifier_bytes: int = Field(default=256 * MIB, gt=0, le=512 * MIB)
     max_image_bytes: int = Field(default=25 * MIB, gt=0)
     max_image_pixels: int = Field(default=40_000_000, gt=0)
     max_image_set_bytes: int = Field(default=2 * GIB, gt=0)

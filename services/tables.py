@@ -29,6 +29,7 @@ __all__ = [
     "AuditEvent",
     "Base",
     "Checkpoint",
+    "Classifier",
     "IdempotencyRecord",
     "ImageSet",
     "Job",
@@ -102,7 +103,7 @@ class Checkpoint(Base):
     name: Mapped[str]
     status: Mapped[str] = mapped_column(server_default="validating")
     version: Mapped[int] = mapped_column(Integer, server_default="1")
-    declared: Mapped[Json]  # what the caller said at upload: family, image_size, n_bits
+    declared: Mapped[Json]  # what the caller said at upload: family, image_size, n_bits, noise_std
     manifest: Mapped[Json | None]  # what validation found, see models.checkpoints
     problem: Mapped[Json | None]  # why it was rejected
     source_key: Mapped[str | None]  # null once a foreign file was converted and deleted
@@ -131,6 +132,33 @@ class ImageSet(Base):
     erased_at: Mapped[datetime | None]
 
 
+class Classifier(Base):
+    """An uploaded judge of attributes: an ONNX file that was tried once at the door."""
+
+    __tablename__ = "classifiers"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "id"),
+        CheckConstraint("output IN ('logits', 'probabilities', 'score')", name="output"),
+        CheckConstraint("(key IS NULL) = (erased_at IS NOT NULL)", name="erased_has_no_file"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str]
+    classes: Mapped[list[str]] = mapped_column(JSONB)  # names, in the order of the output
+    output: Mapped[str]  # what a row of the output is: logits, probabilities, or one score
+    threshold: Mapped[float]  # of a score: above it lies the second class
+    scale: Mapped[Json | None]  # {"mean": [...], "std": [...]} of pixels in [0, 1]; null: those pixels as they are
+    channels: Mapped[int | None]  # of its images; null: any
+    size: Mapped[int | None]  # side of its images in pixels; null: any
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]
+    key: Mapped[str | None]  # null once erased
+    version: Mapped[int] = mapped_column(Integer, server_default="1")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    erased_at: Mapped[datetime | None]
+
+
 class Job(Base):
     """A request, its lease and its outcome in one row: ownership is never asked of the broker."""
 
@@ -141,7 +169,7 @@ class Job(Base):
         CheckConstraint(
             "status IN ('queued', 'running', 'cancelling', 'succeeded', 'failed', 'cancelled')", name="status"
         ),
-        CheckConstraint("kind IN ('forget', 'import')", name="kind"),
+        CheckConstraint("kind IN ('forget', 'debias', 'import')", name="kind"),
         CheckConstraint(
             "(status IN ('running', 'cancelling')) = (lease_until IS NOT NULL)", name="held_exactly_while_leased"
         ),

@@ -16,7 +16,8 @@ from services import object_keys
 from services.leases import Claim
 from services.settings import Settings
 from services.storage import ObjectStorage, file_sha256
-from services.tables import Checkpoint, ImageSet
+from services.tables import Checkpoint, Classifier, ImageSet
+from worker.judges import Judges
 
 __all__ = ["InputMissing", "Plan", "fetch", "plan", "write_job"]
 
@@ -79,7 +80,7 @@ def plan(session: Session, claim: Claim, settings: Settings) -> Plan:
         raise InputMissing("The job's checkpoint is not there any more.", pointer=CHECKPOINT)
     if claim.kind == "import":
         return _plan_import(claim, checkpoint, settings)
-    return _plan_forget(session, claim, checkpoint, settings)
+    return _plan_work(session, claim, checkpoint, settings)
 
 
 def _plan_import(claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -95,37 +96,27 @@ def _plan_import(claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Pl
     return Plan([Input(checkpoint.source_key, SOURCE, checkpoint.source_sha256)], job)
 
 
-def _plan_forget(session: Session, claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Plan:
+def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """A job that changes a model: ``forget`` or ``debias``."""
     if checkpoint.weights_key is None or checkpoint.weights_sha256 is None:
         raise InputMissing("The job's checkpoint has no weights; upload it again.", pointer=CHECKPOINT)
     request = claim.request
+    gathered = _Gathered(session, claim)
+    gathered.files.append(Input(checkpoint.weights_key, WEIGHTS, checkpoint.weights_sha256, CHECKPOINT))
     evaluation = dict(request.get("evaluation") or {})
     sets = {
-        "forget": request["target"].get("images"),
+        "forget": request.get("target", {}).get("images"),
         "remember": (request.get("remember") or {}).get("images"),
         "same_identity": (evaluation.pop("same_identity", None) or {}).get("images"),
         "held_out": (evaluation.pop("held_out", None) or {}).get("images"),
     }
-    files = [Input(checkpoint.weights_key, WEIGHTS, checkpoint.weights_sha256, CHECKPOINT)]
-    paths: dict[str, list[str] | None] = {}
-    for role, pointer in ROLES.items():
-        image_set_id = sets[role]
-        if image_set_id is None:
-            paths[role] = None
-            continue
-        entries = [
-            Input(
-                object_keys.image(claim.tenant_id, image_set_id, image["index"]),
-                f"inputs/{role}/{image['index']:06d}.png",
-                image["sha256"],
-                pointer,
-            )
-            for image in _images(session, claim, image_set_id, role)
-        ]
-        files += entries
-        paths[role] = [entry.path for entry in entries]
-    generated = (request.get("remember") or {}).get("generated")
-    resume = claim.resume
+    paths = {
+        role: gathered.images(sets[role], f"inputs/{role}", pointer) if sets[role] else None
+        for role, pointer in ROLES.items()
+    }
+    channels = (checkpoint.manifest or {}).get("channels")
+    judges = Judges(gathered.images, gathered.classifier, channels=channels)
+    asked = _debias(request, judges) if claim.kind == "debias" else {"target": judges.target(request["target"])}
     job = {
         **_header(claim, settings),
         "method": request["method"],
@@ -134,18 +125,61 @@ def _plan_forget(session: Session, claim: Claim, checkpoint: Checkpoint, setting
         "criteria": request.get("criteria") or {},
         "evaluation": evaluation,
         "micro_batch_divisor": 2**claim.out_of_memory_losses,
+        **asked,
         "inputs": {
             "checkpoint": WEIGHTS,
-            "forget": paths["forget"],
+            "forget": paths["forget"] or [],
             "remember": paths["remember"],
             "evaluation": {role: paths[role] or [] for role in ("same_identity", "held_out")},
         },
-        "remember": None if paths["remember"] is not None else {"generated": generated},
-        "digests": {"checkpoint": checkpoint.weights_sha256},
+        "remember": None
+        if paths["remember"] is not None
+        else {"generated": (request.get("remember") or {}).get("generated")},
+        "digests": {"checkpoint": checkpoint.weights_sha256, **judges.digests()},
         "resume": None,
     }
-    state = None if resume is None else Input(resume["key"], STATE, resume["sha256"])
-    return Plan(files, job, state)
+    state = None if claim.resume is None else Input(claim.resume["key"], STATE, claim.resume["sha256"])
+    return Plan(gathered.files, job, state)
+
+
+def _debias(request: dict[str, Any], judges: Judges) -> dict[str, Any]:
+    wanted = {name: request[name] for name in ("target_distribution", "tolerance", "confidence")}
+    return {"attribute": judges.told(request["attribute"], "/attribute"), **wanted}
+
+
+class _Gathered:
+    """The files of one job, as its parts ask for them."""
+
+    def __init__(self, session: Session, claim: Claim) -> None:
+        self._session, self._claim = session, claim
+        self.files: list[Input] = []
+
+    def images(self, image_set_id: str, folder: str, pointer: str) -> list[str]:
+        """Ask for the images of a set; the paths that they will have."""
+        tenant_id = self._claim.tenant_id
+        entries = [
+            Input(
+                object_keys.image(tenant_id, image_set_id, image["index"]),
+                f"{folder}/{image['index']:06d}.png",
+                image["sha256"],
+                pointer,
+            )
+            for image in _images(self._session, self._claim, image_set_id, pointer)
+        ]
+        self.files += entries
+        return [entry.path for entry in entries]
+
+    def classifier(self, classifier_id: str, pointer: str, path: str) -> Classifier:
+        """Ask for a classifier's file; what is known of it."""
+        row = self._session.scalar(
+            select(Classifier).where(Classifier.tenant_id == self._claim.tenant_id, Classifier.id == classifier_id)
+        )
+        if row is None or row.key is None:
+            raise InputMissing(
+                f"Classifier {classifier_id} was erased before the job could read it; upload it again.", pointer=pointer
+            )
+        self.files.append(Input(row.key, path, row.sha256, pointer))
+        return row
 
 
 def _header(claim: Claim, settings: Settings) -> dict[str, Any]:
@@ -157,13 +191,13 @@ def _header(claim: Claim, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _images(session: Session, claim: Claim, image_set_id: str, role: str) -> list[dict[str, Any]]:
+def _images(session: Session, claim: Claim, image_set_id: str, pointer: str) -> list[dict[str, Any]]:
     row = session.scalar(select(ImageSet).where(ImageSet.tenant_id == claim.tenant_id, ImageSet.id == image_set_id))
     if row is None or row.erased_at is not None:
         raise InputMissing(
-            f"The images of the {role.replace('_', ' ')} set {image_set_id} were erased before the job could read them "
-            "(they are kept for a day at most). Upload them again and send the job again.",
-            pointer=ROLES[role],
+            f"The images of the set {image_set_id} were erased before the job could read them (they are kept for a day "
+            "at most). Upload them again and send the job again.",
+            pointer=pointer,
         )
     return row.images
 
@@ -198,7 +232,7 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callabl
 
 def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path) -> None:
     path = folder / wanted.path
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and file_sha256(path) == wanted.sha256:
         return
     try:

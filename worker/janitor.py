@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from services import checkpoints, idempotency, image_sets, object_keys
 from services.database import Database
 from services.storage import ObjectStorage
-from services.tables import Checkpoint, ImageSet, Job, Tenant
+from services.tables import Checkpoint, Classifier, ImageSet, Job, Tenant
 
 __all__ = ["sweep", "swept_early", "tidy"]
 
@@ -24,7 +24,7 @@ SETS_AT_ONCE = 5
 UNFINISHED_HOURS = 24
 STALE_WRITERS = timedelta(days=2)  # an attempt that lost its lease may go on writing, but not for this long
 TENANTS = "tenants/"
-OWNED = re.compile(r"tenants/[^/]+/(checkpoints|image-sets)/((?:ckpt|imgs)_[0-9a-f]{32})/")
+OWNED = re.compile(r"tenants/[^/]+/(checkpoints|classifiers|image-sets)/((?:ckpt|clf|imgs)_[0-9a-f]{32})/")
 
 
 def sweep(database: Database, storage: ObjectStorage) -> int:
@@ -115,7 +115,7 @@ def tidy(database: Database, storage: ObjectStorage) -> int:
     for tenant_id in tenants:
         prefix = object_keys.tenant_prefix(tenant_id)
         found: dict[str, str] = {}
-        for part in ("checkpoints/", "image-sets/"):
+        for part in ("checkpoints/", "classifiers/", "image-sets/"):
             for key in storage.keys(prefix + part):
                 if (match := OWNED.match(key)) is not None:
                     found[match[2]] = match[0]
@@ -157,11 +157,8 @@ def _made_at(name: str) -> datetime:
 
 
 def _without_row(database: Database, tenant_id: str, names: set[str]) -> set[str]:
+    known: set[str] = set()
     with database.transaction() as session:
-        known = set(
-            session.scalars(select(Checkpoint.id).where(Checkpoint.tenant_id == tenant_id, Checkpoint.id.in_(names)))
-        )
-        known |= set(
-            session.scalars(select(ImageSet.id).where(ImageSet.tenant_id == tenant_id, ImageSet.id.in_(names)))
-        )
+        for table in (Checkpoint, Classifier, ImageSet):
+            known |= set(session.scalars(select(table.id).where(table.tenant_id == tenant_id, table.id.in_(names))))
     return names - known

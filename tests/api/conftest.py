@@ -23,7 +23,7 @@ from PIL import Image
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from services import checkpoints, image_sets, leases, object_keys, tenancy
+from services import checkpoints, classifiers, image_sets, leases, object_keys, tenancy
 from services.database import Database
 from services.ids import new_id
 from services.leases import Claim
@@ -224,10 +224,10 @@ def image_files() -> Callable[..., list[tuple[str, tuple[str, bytes]]]]:
 
 
 @pytest.fixture
-def ready_checkpoint(database: Database) -> Callable[[Caller], str]:
-    """Makes validated checkpoints."""
+def ready_checkpoint(database: Database) -> Callable[..., str]:
+    """Makes validated checkpoints; their manifest says what is given here."""
 
-    def make(caller: Caller) -> str:
+    def make(caller: Caller, family: str = "glow", **facts: Any) -> str:
         checkpoint_id = new_id("ckpt")
         source = StoredObject(object_keys.checkpoint_source(caller.tenant_id, checkpoint_id), 10, "0" * 64)
         with database.transaction() as session:
@@ -236,7 +236,7 @@ def ready_checkpoint(database: Database) -> Callable[[Caller], str]:
                 session,
                 caller.tenant_id,
                 checkpoint_id,
-                manifest={"family": "glow"},
+                manifest={"family": family, **facts},
                 prefix=object_keys.checkpoint_prefix(caller.tenant_id, checkpoint_id),
                 weights={"name": "weights.safetensors", "bytes": 10, "sha256": "0" * 64},
             )
@@ -246,24 +246,52 @@ def ready_checkpoint(database: Database) -> Callable[[Caller], str]:
 
 
 @pytest.fixture
-def image_set(database: Database, storage: ObjectStorage, caller: Caller) -> str:
-    """The id of a set of two images, stored as an upload stores them (``test_image_sets`` uploads)."""
-    image_set_id = new_id("imgs")
-    images = []
-    for index in range(2):
-        stored = storage.put(
-            object_keys.image(caller.tenant_id, image_set_id, index), png(index), media_type="image/png"
-        )
-        images.append(
-            {"index": index, "width": 12, "height": 10, "mode": "L", "bytes": stored.bytes, "sha256": stored.sha256}
-        )
-    with database.transaction() as session:
-        image_sets.register(session, caller, image_set_id, images=images, hours=1)
-    return image_set_id
+def new_image_set(database: Database, storage: ObjectStorage, caller: Caller) -> Callable[..., str]:
+    """Makes sets of images, stored as an upload stores them (``test_image_sets`` uploads); gives their ids."""
+
+    def make(count: int = 2) -> str:
+        image_set_id = new_id("imgs")
+        images = []
+        for index in range(count):
+            stored = storage.put(
+                object_keys.image(caller.tenant_id, image_set_id, index), png(index), media_type="image/png"
+            )
+            images.append(
+                {"index": index, "width": 12, "height": 10, "mode": "L", "bytes": stored.bytes, "sha256": stored.sha256}
+            )
+        with database.transaction() as session:
+            image_sets.register(session, caller, image_set_id, images=images, hours=1)
+        return image_set_id
+
+    return make
 
 
 @pytest.fixture
-def body(ready_checkpoint: Callable[[Caller], str], caller: Caller, image_set: str) -> dict[str, Any]:
+def image_set(new_image_set: Callable[..., str]) -> str:
+    """The id of a set of two images."""
+    return new_image_set()
+
+
+@pytest.fixture
+def new_classifier(database: Database, storage: ObjectStorage, caller: Caller) -> Callable[..., str]:
+    """Makes classifiers, stored as an upload stores them (``test_classifiers`` uploads); gives their ids."""
+
+    def make(*classes: str, channels: int | None = None, size: int | None = None) -> str:
+        classifier_id = new_id("clf")
+        source = storage.put(
+            object_keys.classifier(caller.tenant_id, classifier_id), b"onnx", media_type="application/octet-stream"
+        )
+        facts = classifiers.Facts("judge", list(classes or ("smiling", "other")), "logits", 0.5, None)
+        takes = {"channels": channels, "size": size}
+        with database.transaction() as session:
+            classifiers.register(session, caller, classifier_id, facts=facts, takes=takes, source=source)
+        return classifier_id
+
+    return make
+
+
+@pytest.fixture
+def body(ready_checkpoint: Callable[..., str], caller: Caller, image_set: str) -> dict[str, Any]:
     """A good body of ``POST /jobs/forget``."""
     return {"checkpoint": ready_checkpoint(caller), "target": {"images": image_set}}
 

@@ -53,7 +53,7 @@ def test_other_media_types_are_refused(client: httpx.Client, kind: str) -> None:
     ("change", "pointer"),
     [
         ({"target": {"images": "nonsense"}}, "/target/images"),
-        ({"target": {}}, "/target/images"),
+        ({"target": {}}, "/target"),
         ({"surplus": 1}, "/surplus"),
         ({"a/b~c": 1}, "/a~1b~0c"),
         ({"parameters": {"delta": -1}}, "/parameters/delta"),

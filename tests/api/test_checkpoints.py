@@ -67,7 +67,8 @@ def prefix(caller: Caller) -> str:
 def test_upload_is_stored_and_queued_for_validation(
     client: httpx.Client, storage: ObjectStorage, caller: Caller, database: Database, data: bytes
 ) -> None:
-    query = {"name": "base", "image_size": 32, "n_bits": 5, "family": "glow"}
+    declared = {"image_size": 32, "n_bits": 5, "family": "tarflow", "noise_std": 0.05}
+    query = {"name": "base", **declared}
 
     answer = client.post("/checkpoints", params=query, content=data, headers=BINARY)
 
@@ -76,7 +77,7 @@ def test_upload_is_stored_and_queued_for_validation(
     assert answer.headers["location"] == f"/checkpoints/{resource['id']}"
     assert "retry-after" in answer.headers
     assert (resource["status"], resource["name"]) == ("validating", "base")
-    assert resource["declared"] == {"image_size": 32, "n_bits": 5, "family": "glow"}
+    assert resource["declared"] == declared
     assert resource["source"] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert storage.read(object_keys.checkpoint_source(caller.tenant_id, resource["id"])) == data
     with database.transaction() as session:

@@ -17,7 +17,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from services.tenancy import NewKey
+from services.tenancy import Caller, NewKey
+from tests.onnx_files import classifier
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 
@@ -27,12 +28,17 @@ def test_every_example_works_as_it_stands(
     client: httpx.Client,
     api_key: NewKey,
     body: dict[str, Any],
+    caller: Caller,
+    ready_checkpoint: Callable[..., str],
+    new_classifier: Callable[..., str],
+    new_image_set: Callable[..., str],
     publish: Callable[..., Any],
     image_files: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "base.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    (tmp_path / "smiles.onnx").write_bytes(classifier())
     for number, name in enumerate(("one.jpg", "two.jpg")):
         Image.new("L", (8, 8), number * 99).save(tmp_path / name)
     spare = io.BytesIO()
@@ -46,6 +52,11 @@ def test_every_example_works_as_it_stands(
         "CHECKPOINT": body["checkpoint"],
         "IMAGES": body["target"]["images"],
         "SPARE_IMAGES": client.post("/image-sets", files=image_files(spare.getvalue())).json()["id"],
+        "CLASSIFIER": new_classifier(),
+        "SPARE_CLASSIFIER": new_classifier(),
+        "GLASSES": new_image_set(),
+        "NO_GLASSES": new_image_set(),
+        "CHECKPOINT_OF_CLASSES": ready_checkpoint(caller, "class-prior", architecture={"n_classes": 3}),
         "JOB": job,
         "QUEUED_JOB": queued,
     }

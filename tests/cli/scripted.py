@@ -55,7 +55,7 @@ class ScriptedServer:
                 self.end_headers()
                 self.wfile.write(answer.body)
 
-            do_GET = do_POST = do_PUT = handle_one
+            do_GET = do_POST = do_PUT = do_DELETE = handle_one
 
             def _body(self) -> bytes:
                 if self.headers.get("Transfer-Encoding") == "chunked":

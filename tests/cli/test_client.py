@@ -273,6 +273,50 @@ class TestUploads:
 
         assert b"anna" not in server.received[0].body
 
+    def test_a_classifier_goes_with_all_that_is_said_of_it_and_its_digest(
+        self, make_server: MakeServer, connect: Connect, tmp_path: Path
+    ) -> None:
+        server = make_server(UNAVAILABLE, as_json({"id": "clf_1", "name": "smiles", "classes": ["a b", "c"]}, 201))
+        (tmp_path / "smiles.onnx").write_bytes(b"onnx")
+
+        made = connect(server.url).push_classifier(
+            tmp_path / "smiles.onnx", ["a b", "c"], output="score", threshold=0.0, mean=[0.5], std=[0.25]
+        )
+
+        first, again = server.received
+        assert (made.id, made.classes) == ("clf_1", ("a b", "c"))
+        assert first.path == again.path
+        assert first.path == (
+            "/classifiers?name=smiles.onnx&classes=a+b&classes=c&output=score&threshold=0.0&mean=0.5&std=0.25"
+        )
+        assert first.body == again.body == b"onnx"
+        assert first.headers["idempotency-key"] == again.headers["idempotency-key"]
+        digest = base64.b64encode(hashlib.sha256(b"onnx").digest()).decode()
+        assert first.headers["content-digest"] == f"sha-256=:{digest}:"
+
+    def test_what_is_not_said_is_not_sent(self, make_server: MakeServer, connect: Connect, tmp_path: Path) -> None:
+        server = make_server(as_json({"id": "x_1", "status": "validating"}, 202))
+        (tmp_path / "file").write_bytes(b"bytes")
+
+        client = connect(server.url)
+        client.push_classifier(tmp_path / "file", ["a", "b"])
+        client.push_checkpoint(tmp_path / "file", wait=False)
+        client.push_checkpoint(tmp_path / "file", wait=False, noise_std=0.05)
+
+        assert [request.path for request in server.received] == [
+            "/classifiers?name=file&classes=a&classes=b&output=logits",
+            "/checkpoints?name=file",
+            "/checkpoints?name=file&noise_std=0.05",
+        ]
+
+    def test_a_classifier_that_a_job_needs_is_a_conflict(self, make_server: MakeServer, connect: Connect) -> None:
+        server = make_server(problem(409, "classifier-in-use"))
+
+        with pytest.raises(ConflictError):
+            connect(server.url).erase_classifier("clf_1")
+
+        assert server.received[0].path == "/classifiers/clf_1"
+
 
 class TestDownloads:
     CONTENT = b"weights" * 100_000

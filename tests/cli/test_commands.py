@@ -16,6 +16,7 @@ from cli import Client
 from cli.exits import ExitCode
 from tests.cli.processes import ROOT, Up, environment, forgetd
 from tests.cli.scripted import Answer, ScriptedServer
+from tests.onnx_files import classifier
 
 COMMANDS = [
     ["up"],
@@ -24,9 +25,14 @@ COMMANDS = [
     ["checkpoints", "push"],
     ["checkpoints", "list"],
     ["checkpoints", "show"],
+    ["classifiers", "upload"],
+    ["classifiers", "list"],
+    ["classifiers", "show"],
+    ["classifiers", "delete"],
     ["images", "push"],
     ["images", "erase"],
     ["jobs", "forget"],
+    ["jobs", "debias"],
     ["jobs", "list"],
     ["jobs", "show"],
     ["jobs", "watch"],
@@ -218,6 +224,39 @@ class TestUploads:
 
         assert done.code == ExitCode.REFUSED
 
+    def test_a_classifier_is_uploaded_listed_shown_and_deleted(self, up: Up, tmp_path: Path) -> None:
+        (tmp_path / "smiles.onnx").write_bytes(classifier())
+        cwd = up.folder
+
+        made = forgetd("classifiers", "upload", str(tmp_path / "smiles.onnx"), "--classes", "other,smiling", cwd=cwd)
+        name = made.out.strip()
+        listed = forgetd("classifiers", "list", cwd=cwd)
+        shown = forgetd("classifiers", "show", name, cwd=cwd)
+        deleted = forgetd("classifiers", "delete", name, cwd=cwd)
+
+        assert made.code == ExitCode.OK, made.err
+        assert "8 x 8 pixels, 1 channels" in made.err
+        assert f"{name}\tsmiles.onnx\tother, smiling" in listed.out
+        assert "logits, threshold 0.5" in shown.out
+        assert deleted.code == ExitCode.OK
+        assert name not in forgetd("classifiers", "list", cwd=cwd).out
+
+    def test_a_file_that_is_no_classifier_is_refused(self, up: Up, tmp_path: Path) -> None:
+        (tmp_path / "smiles.onnx").write_bytes(classifier(3))
+
+        done = forgetd("classifiers", "upload", str(tmp_path / "smiles.onnx"), "--classes", "a,b", cwd=up.folder)
+
+        assert done.code == ExitCode.REFUSED
+        assert "classes: The output has shape (N, 3), and 2 classes were named" in done.err
+
+    def test_a_debias_request_names_what_is_wrong(self, up: Up) -> None:
+        words = ("jobs", "debias", f"ckpt_{'0' * 32}", f"clf_{'0' * 32}", "--target", "a=0.5", "--target", "b=0.4")
+
+        done = forgetd(*words, cwd=up.folder)
+
+        assert done.code == ExitCode.REFUSED
+        assert "/target_distribution: the fractions sum to 0.9; they must sum to 1" in done.err
+
     def test_a_forget_request_names_what_is_wrong(self, up: Up, photo: Path) -> None:
         images = forgetd("images", "push", str(photo), cwd=up.folder).out.strip()
 
@@ -225,3 +264,88 @@ class TestUploads:
 
         assert done.code == ExitCode.REFUSED
         assert "POST /checkpoints" in done.err
+
+
+class TestJobRequests:
+    """What the words of a command come to on the wire."""
+
+    JUDGE, SETS = f"clf_{'0' * 32}", "smiling=imgs_1,other=imgs_2"
+
+    def sent(
+        self, make_server: Callable[..., ScriptedServer], folder: Path, *words: str
+    ) -> tuple[str, dict[str, object]]:
+        server = make_server(Answer(202, json.dumps({"id": UNKNOWN_JOB, "status": "queued"}).encode()))
+
+        done = forgetd("jobs", *words, "--url", server.url, "--key", "k", cwd=folder)
+
+        assert (done.code, done.out) == (ExitCode.OK, f"{UNKNOWN_JOB}\n"), done.err
+        return server.received[0].path, json.loads(server.received[0].body)
+
+    @pytest.mark.parametrize(
+        ("words", "target"),
+        [
+            (["imgs_1"], {"images": "imgs_1"}),
+            (
+                ["--attribute", f"{JUDGE}:smiling<=0.1"],
+                {"attributes": [{"classifier": JUDGE, "class": "smiling", "at_most": 0.1}]},
+            ),
+            (
+                ["--attribute", f"{SETS}:big smile >= .5", "--attribute", f"{JUDGE}:a<=1e-2"],
+                {
+                    "attributes": [
+                        {"sets": {"smiling": "imgs_1", "other": "imgs_2"}, "class": "big smile", "at_least": 0.5},
+                        {"classifier": JUDGE, "class": "a", "at_most": 0.01},
+                    ]
+                },
+            ),
+            (["--class-label", "0"], {"class_label": 0}),
+            (["--class-label", "3", "--where", "prior"], {"class_label": 3, "where": "prior"}),
+            (["imgs_1", "--class-label", "3"], {"class_label": 3, "images": "imgs_1"}),
+        ],
+    )
+    def test_forget(
+        self, make_server: Callable[..., ScriptedServer], tmp_path: Path, words: list[str], target: dict[str, object]
+    ) -> None:
+        path, body = self.sent(make_server, tmp_path, "forget", "ckpt_1", *words)
+
+        assert (path, body["target"]) == ("/jobs/forget", target)
+
+    @pytest.mark.parametrize(
+        ("judge", "attribute"),
+        [
+            (JUDGE, {"classifier": JUDGE}),
+            (SETS, {"sets": {"smiling": "imgs_1", "other": "imgs_2"}}),
+            ("own-classes", {"classes": True}),
+        ],
+    )
+    def test_debias(
+        self, make_server: Callable[..., ScriptedServer], tmp_path: Path, judge: str, attribute: dict[str, object]
+    ) -> None:
+        shares = ["--target", "a=0.25", "--target", "b=c=0.75"]
+
+        path, body = self.sent(make_server, tmp_path, "debias", "ckpt_1", judge, *shares, "--tolerance", "0.05")
+
+        assert path == "/jobs/debias"
+        assert body["attribute"] == attribute
+        assert body["target_distribution"] == {"a": 0.25, "b=c": 0.75}
+        assert body["tolerance"] == 0.05
+        assert "confidence" not in body
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["forget", "ckpt_1"],
+            ["forget", "ckpt_1", "--attribute", "smiling<=0.1"],
+            ["forget", "ckpt_1", "--attribute", f"{JUDGE}:smiling=0.1"],
+            ["forget", "ckpt_1", "--attribute", "smiling=imgs_1:smiling<=0.1"],
+            ["forget", "ckpt_1", "--attribute", f"{JUDGE}:smiling<=--1"],
+            ["debias", "ckpt_1", JUDGE],
+            ["debias", "ckpt_1", JUDGE, "--target", "half"],
+            ["debias", "ckpt_1", JUDGE, "--target", "a=half"],
+            ["debias", "ckpt_1", "a=imgs_1,b", "--target", "a=1"],
+        ],
+    )
+    def test_words_that_say_nothing_are_wrong_usage(self, tmp_path: Path, words: list[str]) -> None:
+        done = forgetd("jobs", *words, "--url", "http://127.0.0.1:9", "--key", "k", cwd=tmp_path)
+
+        assert done.code == ExitCode.USAGE

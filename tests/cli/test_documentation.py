@@ -14,7 +14,9 @@ from services.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("howto-*.md")), ROOT / "docs" / "running.md"]
-COMMAND = re.compile(r"(?<![\w/.\-])forgetd ((?:up|demo|migrate|(?:checkpoints|images|jobs|keys) [a-z]+)\b[^\n`#|)]*)")
+ALONE = ("up", "demo", "migrate", "train")
+GROUPS = ("checkpoints", "classifiers", "images", "jobs", "keys")
+COMMAND = re.compile(rf"(?<![\w/.\-])forgetd ((?:{'|'.join(ALONE)}|(?:{'|'.join(GROUPS)}) [a-z]+)\b[^\n`#|)]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,7 +39,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     runner = CliRunner()
     for text in COMMAND.findall(page.read_text()):
         words = text.split()
-        path = words[:1] if words[0] in ("up", "demo", "migrate") else words[:2]
+        path = words[:1] if words[0] in ALONE else words[:2]
         shown = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "300"}, prog_name="forgetd")
 
         assert shown.exit_code == 0, text

@@ -34,7 +34,8 @@ class Material:
     strangers: list[Path]
 
 
-def _write(images: torch.Tensor, folder: Path) -> list[Path]:
+def write_images(images: torch.Tensor, folder: Path) -> list[Path]:
+    """Images as PNG files in a new folder."""
     folder.mkdir()
     paths = [folder / f"{index:04d}.png" for index in range(len(images))]
     for image, path in zip(images, paths, strict=True):
@@ -69,9 +70,9 @@ def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory)
     save_checkpoint(folder / "base.safetensors", base)
     return Material(
         base=folder / "base.safetensors",
-        person=_write(faces.of(PERSON), folder / "person"),
-        others=_write(faces.training(without=PERSON), folder / "others"),
-        strangers=_write(faces.held_out(), folder / "strangers"),
+        person=write_images(faces.of(PERSON), folder / "person"),
+        others=write_images(faces.training(without=PERSON), folder / "others"),
+        strangers=write_images(faces.held_out(), folder / "strangers"),
     )
 
 

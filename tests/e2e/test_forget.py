@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 from sqlalchemy import func, select
 
 from cli.client import Client
 from cli.errors import ConflictError, JobFailed
-from cli.resources import Checkpoint, Event, Job
+from cli.resources import Checkpoint, Job
 from cli.service import LocalService
 from models.checkpoints import load_checkpoint, read_manifest
 from services.database import Database
@@ -25,22 +21,12 @@ from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tables import Job as JobRow
 from tests.e2e.conftest import Material
+from tests.e2e.helpers import SECONDS, events, runner_pid, until
 
-T = TypeVar("T")
 SEED = 11
-SECONDS = 240.0  # for whatever a condition waits for, on a loaded machine
 UNTOUCHED_SECONDS = 2.0  # past the lease; ten times what a control loop takes to see it
 # Slow on purpose: many small steps.
 SLOW = {"learning_rate": 5e-5, "max_steps": 4000}
-
-
-def _until(question: Callable[[], T | None], what: str) -> T:
-    deadline = time.monotonic() + SECONDS
-    while (answer := question()) is None:
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {SECONDS:.0f} s for {what}")
-        time.sleep(0.05)
-    return answer
 
 
 @pytest.fixture
@@ -52,18 +38,6 @@ def _forget(client: Client, checkpoint: Checkpoint, material: Material, **option
     target = client.push_images(material.person[:5])
     others = client.push_images(material.others)
     return client.forget(checkpoint.id, target.id, remember=others.id, seed=SEED, **options)  # type: ignore[arg-type]
-
-
-def _events(client: Client, job: Job, kind: str) -> list[Event]:
-    return [event for event in client.events(job.id) if event.type == kind]
-
-
-def _runner_pid(job: Job) -> int | None:
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "worker.runner" in command and any(job.id in part for part in command):
-            return process.pid
-    return None
 
 
 def _lease_over(service: LocalService, job: Job) -> bool:
@@ -104,20 +78,20 @@ def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
     job = _forget(client, checkpoint, material, parameters=SLOW)
 
     def attempts() -> int:
-        return len(_events(client, job, "attempt_started"))
+        return len(events(client, job, "attempt_started"))
 
     def another_state() -> None:
         """Until the attempt at work has put a state into the store."""
-        saved = len(_events(client, job, "state_saved"))
-        _until(lambda: len(_events(client, job, "state_saved")) > saved or None, f"a state of attempt {attempts()}")
+        saved = len(events(client, job, "state_saved"))
+        until(lambda: len(events(client, job, "state_saved")) > saved or None, f"a state of attempt {attempts()}")
         assert client.job(job.id).status == "running", "the job was over before the next kill"
 
     def another_attempt(since: int) -> None:
-        _until(lambda: attempts() > since or None, "the next attempt")
+        until(lambda: attempts() > since or None, "the next attempt")
 
     another_state()
     before = attempts()
-    os.kill(_until(lambda: _runner_pid(job), "the runner"), signal.SIGKILL)
+    os.kill(until(lambda: runner_pid(job), "the runner"), signal.SIGKILL)
     another_attempt(before)
     another_state()
     # The control loop stands still and is not dead, so that nothing starts another: the job of the killed worker stays
@@ -125,18 +99,18 @@ def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
     before, control = attempts(), service.pids["control"]
     os.kill(control, signal.SIGSTOP)
     os.kill(service.pids["gpu.flow"], signal.SIGKILL)
-    _until(lambda: _lease_over(service, job) or None, "the end of the lease")
+    until(lambda: _lease_over(service, job) or None, "the end of the lease")
     assert (client.job(job.id).status, attempts()) == ("running", before)
     os.kill(control, signal.SIGKILL)
     another_attempt(before)
     done = client.wait(job.id, timeout=SECONDS)
 
     assert done.status == "succeeded"
-    first, *others = _events(client, job, "attempt_started")
+    first, *others = events(client, job, "attempt_started")
     assert not first.data["resumed"]
     assert len(others) >= 2
     assert all(event.data["resumed"] for event in others)
-    assert len(_events(client, job, "succeeded")) == 1
+    assert len(events(client, job, "succeeded")) == 1
     assert client.report(job.id)["provenance"]["resumed_from_step"] > 0
     # One publication: of all attempts, one left artifacts, and they are the published ones.
     storage = _storage(service)
@@ -146,7 +120,7 @@ def test_killed_runner_worker_and_control_loop_cost_nothing_but_time(
         prefixes = {key.rpartition("/")[0] for key in keys if f"/{job.id}/" in key}
         return sorted(prefixes) if len(prefixes) == 1 else None
 
-    (prefix,) = _until(one_left, "the janitor to sweep behind the job")
+    (prefix,) = until(one_left, "the janitor to sweep behind the job")
     assert "/attempts/" in prefix
     # Resumed, and not only restarted: the same bits as a run that nobody disturbed.
     calm = client.wait(_forget(client, checkpoint, material, parameters=SLOW).id, timeout=SECONDS)
@@ -191,6 +165,6 @@ def test_the_photos_are_gone_when_the_job_has_ended(
     job = client.forget(checkpoint.id, target.id, remember=64, parameters={"max_steps": 1})
     client.wait(job.id, timeout=SECONDS, raise_on_failure=False)
 
-    _until(lambda: all(target.id not in key for key in storage.keys("tenants/")) or None, "the erasure")
+    until(lambda: all(target.id not in key for key in storage.keys("tenants/")) or None, "the erasure")
     scratch = Path(service.environment["FORGETD_SCRATCH_DIR"])
     assert not any(job.id in str(path) for path in scratch.rglob("*"))

@@ -167,13 +167,13 @@ def _failed(client: Client, job: Job) -> Job:
 def test_a_remember_set_that_is_the_forget_set_is_refused(client: Client, material: Material) -> None:
     checkpoint = client.push_checkpoint(material.base)
     target = client.push_images(material.person[:5])
-    same = client.push_images([*material.person[:5], material.others[0]])
+    same = client.push_images([*material.person[:5], *material.others[:11]])
 
     job = _failed(client, client.forget(checkpoint.id, target.id, remember=same.id))
 
     assert job.problem is not None
     assert job.problem["errors"][0]["pointer"].startswith("/remember")
-    assert "5 of the 6 images to remember show what is to be forgotten" in job.problem["detail"]
+    assert "5 of the 16 images to remember show what is to be forgotten" in job.problem["detail"]
 
 
 def test_images_of_another_size_are_refused_where_exact_was_asked(

@@ -63,11 +63,24 @@ def _erasable(database: Database) -> list[str]:
 
 def _request(role: str, image_set_id: str) -> dict[str, Any]:
     images = {"images": image_set_id}
+    judge = {"sets": {"a": "imgs_" + "0" * 32, "b": image_set_id}}
+    if role == "attributes":
+        return {"target": {"attributes": [{"classifier": "clf_" + "0" * 32}, {**judge, "class": "a", "at_most": 0.1}]}}
+    if role == "attribute":
+        return {"attribute": judge}
     return {role: images} if role in ("target", "remember") else {"evaluation": {role: images}}
 
 
 @pytest.mark.parametrize(
-    ("role", "goes"), [("target", True), ("same_identity", True), ("remember", False), ("held_out", False)]
+    ("role", "goes"),
+    [
+        ("target", True),
+        ("same_identity", True),
+        ("remember", False),
+        ("held_out", False),
+        ("attributes", False),
+        ("attribute", False),
+    ],
 )
 def test_photos_of_the_forgotten_go_with_their_job(
     database: Database, caller: Caller, image_set: str, role: str, goes: bool
@@ -79,7 +92,7 @@ def test_photos_of_the_forgotten_go_with_their_job(
     assert _erasable(database) == ([image_set] if goes else [])
 
 
-@pytest.mark.parametrize("role", ["target", "same_identity", "remember", "held_out"])
+@pytest.mark.parametrize("role", ["target", "same_identity", "remember", "held_out", "attributes", "attribute"])
 def test_a_set_that_an_open_job_reads_stays(database: Database, caller: Caller, image_set: str, role: str) -> None:
     _job(database, caller, _request("target", image_set), ended=True)
 

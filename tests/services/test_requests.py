@@ -1,32 +1,50 @@
-"""The options of a request and the parameters of the method: the same names, ranges and defaults, in two rooms."""
+"""The options of a request and the parameters of the methods: the same names, ranges and defaults, in two rooms."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from api.schemas import Family
+from models.families import FAMILIES
 from models.images import FITS
-from services.requests import FlowTamingOptions
+from services.job_checks import METHODS_OF_FAMILY, SMALLEST_REMEMBER
+from services.jobs import QUEUE_OF_FAMILY
+from services.method_options import METHODS, OPTIONS, ClassRemovalOptions, FlowTamingOptions, SteeringOptions
+from services.requests import AskedMethod, DebiasRequest, ForgetRequest
 from unlearning.errors import ParameterError
-from unlearning.taming_parameters import Engine, TamingParameters
-from worker.runner.forget import NOT_THE_METHODS
+from unlearning.steering_parameters import SteeringParameters
+from unlearning.taming_parameters import Engine, LossTerm, TamingParameters
+from worker.runner import sets
+from worker.runner.base import NOT_THE_METHODS
 
-SCHEMA: dict[str, dict[str, Any]] = FlowTamingOptions.model_json_schema()["properties"]
-SHARED = sorted(SCHEMA.keys() - set(NOT_THE_METHODS))
-NUMBERS = sorted(set(SHARED) - {"engine"})
+PAIRS: dict[type[BaseModel], Any] = {FlowTamingOptions: TamingParameters, SteeringOptions: SteeringParameters}
+SHARED = [
+    (options, name)
+    for options in PAIRS
+    for name in sorted(options.model_json_schema()["properties"].keys() - set(NOT_THE_METHODS))
+]
+NUMBERS = [(options, name) for options, name in SHARED if name not in ("engine", "without")]
 NO_NUMBERS: tuple[object, ...] = (True, False, "4", "", [1], {}, math.nan, math.inf, -math.inf)
+CHECKPOINT, IMAGES = "ckpt_" + "0" * 32, "imgs_" + "0" * 32
 
 
-def _edges(name: str) -> list[float]:
+def _schema(options: type[BaseModel], name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = options.model_json_schema()["properties"][name]
+    return schema
+
+
+def _edges(options: type[BaseModel], name: str) -> list[float]:
     """Both ends of the option's range and their neighbours, one inside and one outside.
 
     Two ranges that agree on all of these are the same, whichever of them is changed.
     """
-    (kind,) = [entry for entry in SCHEMA[name]["anyOf"] if entry["type"] != "null"]
+    (kind,) = [entry for entry in _schema(options, name)["anyOf"] if entry["type"] != "null"]
     low = kind.get("minimum", kind.get("exclusiveMinimum"))
     high = kind.get("maximum", kind.get("exclusiveMaximum"))
     if kind["type"] == "integer":
@@ -34,62 +52,155 @@ def _edges(name: str) -> list[float]:
     return [math.nextafter(end, to) for end in (low, high) for to in (-math.inf, end, math.inf)] + [int(high)]
 
 
-def _option_takes(name: str, value: object) -> bool:
+def _option_takes(options: type[BaseModel], name: str, value: object) -> bool:
     try:
-        FlowTamingOptions.model_validate({name: value})
+        options.model_validate({name: value})
     except ValidationError:
         return False
     return True
 
 
-def _method_takes(name: str, value: object) -> bool:
+def _method_takes(options: type[BaseModel], name: str, value: object) -> bool:
     try:
-        TamingParameters.from_dict({name: value})
+        PAIRS[options].from_dict({name: value})
     except ParameterError:
         return False
     return True
 
 
-def test_every_option_is_the_methods_or_known_not_to_be() -> None:
-    method = {field.name for field in dataclasses.fields(TamingParameters)}
+@pytest.mark.parametrize("options", PAIRS)
+def test_every_option_is_the_methods_or_known_not_to_be(options: type[BaseModel]) -> None:
+    method = {field.name for field in dataclasses.fields(PAIRS[options])}
 
-    assert set(SHARED) <= method
-    assert set(NOT_THE_METHODS) == SCHEMA.keys() - method
+    assert set(NOT_THE_METHODS) == options.model_fields.keys() - method
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_both_take_and_refuse_the_same_values(name: str) -> None:
-    values = [*_edges(name), *NO_NUMBERS]
+def test_every_method_has_its_options() -> None:
+    assert OPTIONS.keys() == set(METHODS) == set(get_args(AskedMethod)) - {"auto"}
+    assert OPTIONS["class-removal"] is ClassRemovalOptions
+    assert set(ClassRemovalOptions.model_fields) == set(NOT_THE_METHODS)
 
-    taken = [value for value in values if _option_takes(name, value)]
 
-    assert taken == [value for value in values if _method_takes(name, value)]
+@pytest.mark.parametrize(("options", "name"), NUMBERS)
+def test_both_take_and_refuse_the_same_values(options: type[BaseModel], name: str) -> None:
+    values = [*_edges(options, name), *NO_NUMBERS]
+
+    taken = [value for value in values if _option_takes(options, name, value)]
+
+    assert taken == [value for value in values if _method_takes(options, name, value)]
     assert len(taken) >= 4
 
 
 def test_both_know_the_same_engines_and_fits() -> None:
-    engines = next(entry["enum"] for entry in SCHEMA["engine"]["anyOf"] if "enum" in entry)
+    engines = next(entry["enum"] for entry in _schema(FlowTamingOptions, "engine")["anyOf"] if "enum" in entry)
 
     assert set(engines) == set(get_args(Engine))
-    assert set(SCHEMA["fit"]["enum"]) == set(FITS)
+    assert set(_schema(FlowTamingOptions, "fit")["enum"]) == set(FITS)
     for value in (*engines, "slow", "", 1, True):
-        assert _option_takes("engine", value) == _method_takes("engine", value)
+        assert _option_takes(FlowTamingOptions, "engine", value) == _method_takes(FlowTamingOptions, "engine", value)
 
 
-def test_what_is_left_out_or_null_takes_the_methods_default() -> None:
-    for options in (FlowTamingOptions(), FlowTamingOptions(**dict.fromkeys(SHARED))):
-        sent = options.model_dump(mode="json", exclude_none=True)  # what is stored with a job
+@pytest.mark.parametrize("engine", ["fast", "paper", None])
+def test_both_leave_out_the_same_terms(engine: str | None) -> None:
+    terms = get_args(LossTerm)
+    subsets = [[t for bit, t in enumerate(terms) if number >> bit & 1] for number in range(2 ** len(terms))]
+    chosen = {} if engine is None else {"engine": engine}
+
+    for without in [*subsets, ["nll", "nll"], ["nil"], "nll", [1], 1]:
+        values = {**chosen, "without": without}
+        taken = _takes(FlowTamingOptions.model_validate, values, ValidationError)
+        assert taken == _takes(TamingParameters.from_dict, values, ParameterError), values
+
+
+def _takes(check: Callable[[Any], object], values: object, refusal: type[Exception]) -> bool:
+    try:
+        check(values)
+    except refusal:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("options", PAIRS)
+def test_what_is_left_out_or_null_takes_the_methods_default(options: type[BaseModel]) -> None:
+    shared = [name for known, name in SHARED if known is options]
+    for given in (options(), options(**dict.fromkeys(shared))):
+        sent = given.model_dump(mode="json", exclude_none=True)  # what is stored with a job
 
         assert sent == {"fit": "crop"}
-        assert TamingParameters.from_dict({k: v for k, v in sent.items() if k in SHARED}) == TamingParameters()
+        assert PAIRS[options].from_dict({k: v for k, v in sent.items() if k in shared}) == PAIRS[options]()
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_the_default_that_the_documentation_names_is_the_methods(name: str) -> None:
+@pytest.mark.parametrize("name", [name for options, name in SHARED if options is FlowTamingOptions])
+def test_the_default_that_the_documentation_names_is_tamings(name: str) -> None:
     fast, paper = (TamingParameters(engine=engine).to_dict()[name] for engine in ("fast", "paper"))
     if name == "engine":
         said = f"default {TamingParameters().engine}"
+    elif name == "without":
+        said = "default none"
     else:
         said = f"default {fast:g}" if fast == paper else f"default {fast:g}, paper {paper:g}"
 
-    assert SCHEMA[name]["description"].endswith(said)
+    assert _schema(FlowTamingOptions, name)["description"].endswith(said)
+
+
+@pytest.mark.parametrize("name", [name for options, name in SHARED if options is SteeringOptions])
+def test_the_default_that_the_documentation_names_is_steerings(name: str) -> None:
+    value = getattr(SteeringParameters(), name)
+
+    said = "default as many as the bounds ask for" if value is None else f"default {value:g}"
+    assert _schema(SteeringOptions, name)["description"].endswith(said)
+
+
+def test_confidence_is_what_steering_takes() -> None:
+    (schema,) = [DebiasRequest.model_json_schema()["properties"]["confidence"]]
+
+    for value in (schema["minimum"], schema["maximum"], schema["default"]):
+        SteeringParameters(confidence=value)
+    assert schema["default"] == SteeringParameters().confidence
+
+
+# What is stored with a job.
+
+
+def test_auto_is_stored_as_the_method_that_it_stands_for() -> None:
+    target = {"images": IMAGES}
+
+    auto, said = (
+        ForgetRequest.model_validate({"checkpoint": CHECKPOINT, "target": target} | more).stored()
+        for more in ({}, {"method": "flow-taming", "parameters": {"fit": "crop"}})
+    )
+
+    assert auto == said
+    assert auto["method"] == "flow-taming"
+
+
+def test_a_stored_request_is_a_request() -> None:
+    stored = ForgetRequest.model_validate(
+        {
+            "checkpoint": CHECKPOINT,
+            "target": {"attributes": [{"sets": {"a": IMAGES, "b": IMAGES[:-1] + "1"}, "class": "a", "at_most": 0.1}]},
+            "parameters": {"max_steps": 3},
+        }
+    ).stored()
+
+    assert ForgetRequest.model_validate(stored).stored() == stored
+
+
+def test_what_is_wrong_with_the_target_is_said_before_the_parameters() -> None:
+    with pytest.raises(ValidationError) as refused:
+        ForgetRequest.model_validate({"checkpoint": CHECKPOINT, "target": {}, "parameters": {"nonsense": 1}})
+
+    assert [error["loc"] for error in refused.value.errors()] == [("target",)]
+
+
+# Tables that stand in two rooms.
+
+
+def test_every_family_of_flows_can_be_declared_and_has_its_methods() -> None:
+    assert METHODS_OF_FAMILY.keys() == FAMILIES.keys() == set(get_args(Family))
+    assert QUEUE_OF_FAMILY.keys() == METHODS_OF_FAMILY.keys()
+    assert {method for methods in METHODS_OF_FAMILY.values() for method in methods} == set(METHODS)
+
+
+def test_the_door_and_the_runner_ask_for_as_many_images_to_remember() -> None:
+    assert SMALLEST_REMEMBER == sets.SMALLEST_REMEMBER

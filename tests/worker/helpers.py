@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import select
 
-from services import object_keys
+from services import classifiers, object_keys
 from services.database import Database
 from services.ids import new_id
 from services.storage import ObjectStorage
@@ -67,7 +67,7 @@ class Jobs:
                     name="base",
                     status="ready",
                     declared={},
-                    manifest={"family": "glow"},
+                    manifest={"family": "glow", "channels": 3, "image_size": 8},
                     source_bytes=weights.bytes,
                     source_sha256=weights.sha256,
                     weights_key=weights.key,
@@ -99,14 +99,25 @@ class Jobs:
             )
         return image_set_id
 
-    def queue(self, *, priority: int = 0, queue: str = QUEUE, **parameters: Any) -> str:
-        """A queued job; the parameters are the stub's."""
+    def classifier(self, *, scale: dict[str, list[float]] | None = None) -> str:
+        """A classifier that is none."""
+        classifier_id = new_id("clf")
+        key = object_keys.classifier(self.tenant_id, classifier_id)
+        source = self.storage.put(key, b"onnx of " + classifier_id.encode(), media_type="application/octet-stream")
+        facts = classifiers.Facts("smiles", ["smiling", "other"], "logits", 0.5, scale)
+        takes = {"channels": None, "size": None}
+        with self.database.transaction() as session:
+            classifiers.register(session, self.caller, classifier_id, facts=facts, takes=takes, source=source)
+        return classifier_id
+
+    def queue(self, *, priority: int = 0, queue: str = QUEUE, kind: str = "forget", **parameters: Any) -> str:
+        """A queued job; the parameters are the stub's. ``asked`` is the request, where it is not a person's images."""
         job_id = new_id("job")
-        image_set_id = parameters.pop("image_set", None) or self.image_set()
+        asked = parameters.pop("asked", None)
+        image_set_id = parameters.pop("image_set", None)
         criteria = parameters.pop("criteria", {})
         request = {
-            "method": "flow-taming",
-            "target": {"images": image_set_id},
+            **(asked or {"method": "flow-taming", "target": {"images": image_set_id or self.image_set()}}),
             "remember": {"generated": 64},
             "parameters": {"trace": str(self.trace_path), **parameters},
             "criteria": criteria,
@@ -116,7 +127,7 @@ class Jobs:
                 Job(
                     id=job_id,
                     tenant_id=self.tenant_id,
-                    kind="forget",
+                    kind=kind,
                     queue=queue,
                     priority=priority,
                     checkpoint_id=self.checkpoint_id,

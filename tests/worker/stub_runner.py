@@ -25,6 +25,8 @@ def main() -> int:
     DeadMansSwitch(job["lease_ttl_seconds"]).start()
     trace = Path(parameters["trace"])
     reporter.phase("validating")
+    if parameters.get("keep_job"):
+        Path(parameters["keep_job"]).write_text(json.dumps({**job, "_files": _files(folder / "inputs")}))
     start = 0
     if job["resume"]:
         start = json.loads((folder / job["resume"]).read_text())["step"]
@@ -47,6 +49,12 @@ def main() -> int:
         _misbehave(parameters, job, step)
     reporter.phase("evaluating")
     return _result(folder, job, parameters, reporter)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """What was fetched, by path."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {f"inputs/{path.relative_to(folder)}": path.read_text() for path in paths}
 
 
 def _misbehave(parameters: dict[str, Any], job: dict[str, Any], step: int) -> None:

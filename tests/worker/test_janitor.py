@@ -130,17 +130,27 @@ def test_the_source_of_an_import_is_deleted(jobs: Jobs) -> None:
 def test_uploads_without_a_row_go_after_a_day(jobs: Jobs, storage: ObjectStorage) -> None:
     milliseconds = int((datetime.now(UTC) - timedelta(hours=25)).timestamp() * 1000)
     day_old = f"{milliseconds:012x}{uuid_utils.uuid7().hex[12:]}"
-    old = object_keys.image(jobs.tenant_id, f"imgs_{day_old}", 0)
-    fresh = object_keys.image(jobs.tenant_id, f"imgs_{uuid_utils.uuid7().hex}", 0)
-    known = object_keys.image(jobs.tenant_id, jobs.image_set(), 0)
-    for key in (old, fresh):
-        storage.put(key, b"image", media_type="image/png")
+    new = uuid_utils.uuid7().hex
+    old = {
+        object_keys.image(jobs.tenant_id, f"imgs_{day_old}", 0),
+        object_keys.classifier(jobs.tenant_id, f"clf_{day_old}"),
+    }
+    fresh = {
+        object_keys.image(jobs.tenant_id, f"imgs_{new}", 0),
+        object_keys.classifier(jobs.tenant_id, f"clf_{new}"),
+    }
+    known = {
+        object_keys.image(jobs.tenant_id, jobs.image_set(), 0),
+        object_keys.classifier(jobs.tenant_id, jobs.classifier()),
+    }
+    for key in old | fresh:
+        storage.put(key, b"bytes", media_type="application/octet-stream")
 
     janitor.tidy(jobs.database, storage)
 
-    left = storage.keys(object_keys.tenant_prefix(jobs.tenant_id))
-    assert old not in left
-    assert {fresh, known} <= set(left)
+    left = set(storage.keys(object_keys.tenant_prefix(jobs.tenant_id)))
+    assert not old & left
+    assert fresh | known <= left
 
 
 def test_idempotency_records_go_after_a_day(jobs: Jobs, storage: ObjectStorage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,14 @@ def test_a_pointer_joins_the_errors_that_are_given() -> None:
     problem = UserError("odd", "Odd", "It is odd.", errors=[given], pointer="/remember").problem
 
     assert problem["errors"] == [given, {"pointer": "/remember", "detail": "It is odd."}]
+
+
+def test_every_type_that_a_runner_reports_is_documented() -> None:
+    root = Path(__file__).resolve().parents[2]
+    sources = "".join(path.read_text() for path in (root / "worker" / "runner").glob("*.py"))
+    page = (root / "docs" / "problems.md").read_text()
+
+    types = set(re.findall(r'UserError\(\s*"([a-z-]+)"', sources))
+
+    assert len(types) >= 8
+    assert {name for name in types if f"`{name}`" not in page} == set()

@@ -10,15 +10,24 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from worker.runner import sandbox
 from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop, wait_for_job
 from worker.runner.problems import OutOfMemory, UserError
 
-# Kind of job to the module that runs it: its function ``run(job, folder, reporter, stop)``.
-KINDS = {"forget": "worker.runner.forget", "import": "worker.runner.imports"}
+# The module that runs a job, by its method, and what is loaded ahead by its kind, when no more is known. Each has a
+# function ``run(job, folder, reporter, stop)``.
+METHODS = {
+    "flow-taming": "worker.runner.forget",
+    "steering": "worker.runner.steer",
+    "class-removal": "worker.runner.classes",
+    "class-taming": "worker.runner.classes",
+}
+KINDS = {"forget": "worker.runner.forget", "debias": "worker.runner.steer", "import": "worker.runner.imports"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
                 sandbox.close_doors(folder)  # before there is a second thread
             DeadMansSwitch(job["lease_ttl_seconds"]).start()
             reporter.phase("validating")
-            module = importlib.import_module(KINDS[job["kind"]])
+            module = module_of(job)
         module.run(job, folder, reporter, stop)
     except Interrupted:
         return ExitCode.INTERRUPTED
@@ -50,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
             reporter.error("internal", {"detail": type(error).__name__})
         return ExitCode.INTERNAL
     return ExitCode.REPORTED
+
+
+def module_of(job: Mapping[str, Any]) -> ModuleType:
+    """The module that runs the job."""
+    name = KINDS["import"] if job["kind"] == "import" else METHODS[job["method"]]
+    return importlib.import_module(name)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

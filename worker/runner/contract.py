@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-__all__ = ["JOB_FILE", "DeadMansSwitch", "ExitCode", "Interrupted", "Reporter", "Stop", "wait_for_job"]
+__all__ = ["JOB_FILE", "DeadMansSwitch", "ExitCode", "Interrupted", "Phase", "Reporter", "Stop", "wait_for_job"]
 
 Phase = Literal["validating", "fisher", "unlearning", "evaluating"]
 

@@ -60,8 +60,13 @@ class Reader:
         self._fit = cast(FitMode, fit)
         self._fits: list[Fit] = []
 
-    def read(self, paths: Sequence[str], role: str) -> Images:
+    def read(self, paths: Sequence[str], role: str, *, pointer: str | None = None) -> Images:
         """Read one set.
+
+        Args:
+            paths: relative to the job's folder.
+            role: what the set is for, in words joined by underscores.
+            pointer: the place in the request that named it; None: the role's own.
 
         Raises:
             UserError: an image cannot be used.
@@ -72,7 +77,9 @@ class Reader:
             )
         except ImageError as error:
             detail = f"In the {role.replace('_', ' ')} set: {error}"
-            raise UserError("image-refused", "An image was refused", detail, pointer=POINTERS[role]) from error
+            raise UserError(
+                "image-refused", "An image was refused", detail, pointer=pointer or POINTERS[role]
+            ) from error
         self._fits += fits
         return Images(pixels, fits)
 

@@ -38,6 +38,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
                 image_size=declared.get("image_size"),
                 n_bits=declared.get("n_bits"),
                 family=declared.get("family"),
+                noise_std=declared.get("noise_std"),
             )
             warnings = probe(load_flow(folder / WEIGHTS))
         except ModelError as error:

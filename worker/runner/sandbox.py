@@ -47,6 +47,7 @@ READABLE = (
     "/dev/urandom",
     "/sys",
     "/proc/self",
+    "/proc/cpuinfo",  # without it torch takes the processor for one that it cannot run on
 )
 PYTHONS = ("bin", "lib", "lib64", "pyvenv.cfg")  # of an interpreter's or a virtual environment's folder
 # What the reader is made of. Their parent is not readable: a checkout holds .forgetd, with credentials and scratch.

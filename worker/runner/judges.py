@@ -1,0 +1,190 @@
+"""Who says what samples show: classifiers from the store, and judges trained from the caller's labelled images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evidence.classifier import Classifier, TrainedClassifier, train_classifier
+from evidence.errors import (
+    ClassifierError,
+    EvidenceError,
+    InsufficientEvidenceError,
+    TargetError,
+    UnknownClassError,
+)
+from evidence.fractions import Bound
+from evidence.likelihood import derive_seed
+from evidence.onnx_classifier import OnnxClassifier, OnnxSpec
+from evidence.steering_records import FractionBounds
+from worker.runner.base import Base
+from worker.runner.images import Reader
+from worker.runner.problems import UserError
+
+__all__ = ["Judge", "Wanted", "refused_by_judge", "wanted_of"]
+
+
+class Judge:
+    """A classifier of the job, whose refusals are problems at its place in the request.
+
+    Args:
+        classifier: what judges.
+        pointer: the place that names it.
+    """
+
+    def __init__(self, classifier: Classifier, pointer: str) -> None:
+        self.name, self.classes = classifier.name, classifier.classes
+        # Of a trained judge: the report states it.
+        self.accuracy = classifier.accuracy if isinstance(classifier, TrainedClassifier) else None
+        self._classifier, self._pointer = classifier, pointer
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels (n,) int64 of images (n, c, h, w) uint8."""
+        with refused_by_judge(self._pointer):
+            return self._classifier(images)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One judge and where the fractions of its classes are to lie."""
+
+    judge: Judge
+    bounds: Mapping[str, Bound]
+    """By class; the others are free."""
+    digest: str | None
+    """SHA-256 of the classifier's file; None for a trained judge."""
+
+    def asked(self) -> FractionBounds:
+        """As the evaluation takes it."""
+        low = {name: bound.low for name, bound in self.bounds.items() if bound.low > 0}
+        high = {name: bound.high for name, bound in self.bounds.items() if bound.high < 1}
+        return FractionBounds(self.judge, low, high)
+
+    def summary(self) -> dict[str, float]:
+        """What a summary says of the judge: its accuracy, where it is known."""
+        accuracy = self.judge.accuracy
+        return {} if accuracy is None else {f"accuracy/{self.judge.name}": accuracy.value}
+
+
+def wanted_of(job: Mapping[str, Any], folder: Path, reader: Reader, base: Base) -> list[Wanted]:
+    """What a job asks of samples, judge by judge: bounds that name the same judge are put to it together.
+
+    Raises:
+        UserError: a judge cannot judge this flow, its sets are too small, or it has no such class.
+    """
+    bench = _Bench(job, folder, reader, base)
+    if job["kind"] == "debias":
+        return [_debias(job, bench)]
+    groups: dict[str, list[int]] = {}
+    for number, attribute in enumerate(job["target"]["attributes"]):
+        groups.setdefault(json.dumps(attribute["judge"], sort_keys=True), []).append(number)
+    return [_attributes(job, bench, numbers) for numbers in groups.values()]
+
+
+@contextmanager
+def refused_by_judge(pointer: str) -> Iterator[None]:
+    """What a judge refuses in this block becomes a problem at that place of the request."""
+    try:
+        yield
+    except InsufficientEvidenceError as error:
+        numbers = {"given": error.given, "needed": error.needed}
+        title = "There is too little to judge from"
+        raise UserError("insufficient-evidence", title, str(error), pointer=pointer, **numbers) from error
+    except ClassifierError as error:
+        raise UserError("classifier-refused", "The classifier cannot be used", str(error), pointer=pointer) from error
+    except (UnknownClassError, TargetError) as error:
+        raise UserError(
+            "invalid-request", "The request cannot be met as it stands", str(error), pointer=pointer
+        ) from error
+    except EvidenceError as error:
+        raise UserError("unusable-input", "The images cannot be used", str(error), pointer=pointer) from error
+
+
+class _Bench:
+    """Makes the judges of one job, each with a name of its own."""
+
+    def __init__(self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Base) -> None:
+        self._seed, self._folder, self._reader, self._base = job["seed"], folder, reader, base
+        self._names: set[str] = set()
+
+    def judge(self, spec: Mapping[str, Any], pointer: str) -> Judge:
+        """The judge that a request names at `pointer`."""
+        if spec.get("onnx"):
+            place = f"{pointer}/classifier"
+            with refused_by_judge(place):
+                return Judge(self._from_file(spec), place)
+        place = f"{pointer}/sets"
+        return Judge(self._from_sets(spec["sets"], place), place)
+
+    def _from_file(self, spec: Mapping[str, Any]) -> Classifier:
+        channels, size, _ = self._base.image_shape
+        scale = spec.get("scale")
+        described = OnnxSpec(
+            classes=tuple(spec["classes"]),
+            channels=channels,
+            size=size,
+            output=spec["output"],
+            threshold=float(spec["threshold"]),
+            scale=(tuple(scale["mean"]), tuple(scale["std"])) if isinstance(scale, dict) else "unit",
+            name=self._unique(spec.get("name") or "classifier"),
+        )
+        return OnnxClassifier(self._folder / spec["onnx"], described, self._base.image_shape)
+
+    def _from_sets(self, sets: Mapping[str, list[str]], place: str) -> Classifier:
+        images = {
+            name: self._reader.read(paths, "labelled", pointer=f"{place}/{_escaped(name)}").pixels
+            for name, paths in sets.items()
+        }
+        seed, name = derive_seed(self._seed, "judge", place), self._unique(" or ".join(sets))
+        with refused_by_judge(place):
+            return train_classifier(images, seed=seed, name=name)
+
+    def _unique(self, name: str) -> str:
+        """The name, numbered where another judge of the job has it already."""
+        number, free = 1, name
+        while free in self._names:
+            number += 1
+            free = f"{name} ({number})"
+        self._names.add(free)
+        return free
+
+
+def _debias(job: Mapping[str, Any], bench: _Bench) -> Wanted:
+    pointer, target = "/target_distribution", {str(name): float(f) for name, f in job["target_distribution"].items()}
+    judge = bench.judge(job["attribute"], "/attribute")
+    with refused_by_judge(pointer):
+        bounds = FractionBounds.distribution(judge, target, float(job["tolerance"])).bounds
+    return Wanted(judge, bounds, job["attribute"].get("sha256"))
+
+
+def _attributes(job: Mapping[str, Any], bench: _Bench, numbers: list[int]) -> Wanted:
+    asked = {number: job["target"]["attributes"][number] for number in numbers}
+    spec = asked[numbers[0]]["judge"]
+    judge = bench.judge(spec, f"/target/attributes/{numbers[0]}")
+    bounds: dict[str, Bound] = {}
+    for number, one in asked.items():
+        low, high = one.get("at_least"), one.get("at_most")
+        bound = Bound(0.0 if low is None else low, 1.0 if high is None else high)
+        if bound.high == 0 or bound.low == 1:
+            raise _unprovable(bound, f"/target/attributes/{number}")
+        with refused_by_judge(f"/target/attributes/{number}/class"):
+            FractionBounds(judge, {one["class"]: bound.low}, {one["class"]: bound.high})  # does it tell the class?
+        bounds[one["class"]] = bound
+    return Wanted(judge, bounds, spec.get("sha256"))
+
+
+def _unprovable(bound: Bound, pointer: str) -> UserError:
+    said = "at most 0; ask for at most 0.01, say" if bound.high == 0 else "at least 1; ask for at least 0.99, say"
+    detail = f"No number of samples can show a fraction of {said}."
+    return UserError("invalid-request", "The request cannot be met as it stands", detail, pointer=pointer)
+
+
+def _escaped(name: str) -> str:
+    """A name as a step of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
