@@ -27,30 +27,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.orl import HELD_OUT, N_BITS, PEOPLE, PHOTOS, Faces, base_flow, load_faces
+from benchmarks.orl_judge import Judge, Verdict
+from examples.orl import HELD_OUT, N_BITS, PEOPLE, Faces, base_flow, load_faces
 from models.checkpoints import load_checkpoint
 from models.glow import Glow
 from unlearning import Interrupted, Step, TamingParameters, tame
-from unlearning.likelihood import nll_of
-from unlearning.randomness import stream
 
 FORGET_PHOTOS = 5
 """Photos of the person that are forgotten; the others are D'_F."""
-JUDGE_SEED = 2**31
-"""Apart from every seed that a taming run draws from."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge says of one tamed flow, eq. 13-15."""
-
-    confirmed: bool
-    z_min: float
-    qd_forget: float
-    qd_same: float
-    qd_remember: float
-    qd_unseen: float
-    drift: float
 
 
 @dataclass(frozen=True)
@@ -62,42 +46,6 @@ class Run:
     steps: int
     met: bool
     verdict: Verdict
-
-
-class Judge:
-    """Likelihoods of all 400 photos on common noise, base and tamed."""
-
-    def __init__(self, base: Glow, faces: Faces, draws: int, values: TamingParameters) -> None:
-        self._photos = faces.photos.flatten(0, 1)  # (400, 1, 32, 32)
-        self._training = faces.training_people
-        self._draws, self._bound = draws, values.delta * (1 - values.tolerance)
-        self._base = self._nll(base)
-
-    def __call__(self, tamed: Glow, person: int) -> Verdict:
-        """Judge a flow that was to forget the first five photos of a person."""
-        mine = torch.arange((person - 1) * PHOTOS, person * PHOTOS)
-        forget, same = mine[:FORGET_PHOTOS], mine[FORGET_PHOTOS:]
-        remember = _rows([other for other in self._training if other != person])
-        unseen = _rows(list(HELD_OUT))
-        nll = self._nll(tamed)
-        mu, sigma = nll[remember].mean(), nll[remember].std()
-        mu_base, sigma_base = self._base[remember].mean(), self._base[remember].std()
-        z = (nll - mu) / sigma
-        drop = torch.special.ndtr(z) - torch.special.ndtr((self._base - mu_base) / sigma_base)  # q_base - q_tamed
-        lowest = float(z[forget].min())
-        return Verdict(
-            confirmed=lowest >= self._bound,
-            z_min=lowest,
-            qd_forget=float(drop[forget].mean()),
-            qd_same=float(drop[same].mean()),
-            qd_remember=float(drop[remember].mean()),
-            qd_unseen=float(drop[unseen].mean()),
-            drift=float(((nll - self._base)[unseen].abs() / sigma_base).mean()),
-        )
-
-    def _nll(self, flow: Glow) -> Tensor:
-        generator = stream(JUDGE_SEED, "judge")
-        return nll_of(flow, self._photos, n_bits=N_BITS, generator=generator, draws=self._draws)
 
 
 class Clock:
@@ -129,11 +77,11 @@ def run_engine(base: Glow, faces: Faces, person: int, values: TamingParameters, 
         seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
         tamed = copy.deepcopy(base)
         tamed.load_state_dict({**tamed.state_dict(), **clock.weights})
-        return Run(seconds, cpu_seconds, clock.steps, False, judge(tamed, person))
+        return Run(seconds, cpu_seconds, clock.steps, False, judge(tamed, person, FORGET_PHOTOS))
     seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
     if not isinstance(result.flow, Glow):
         raise TypeError(f"taming a Glow gave a {type(result.flow).__name__}")
-    return Run(seconds, cpu_seconds, result.steps, result.met, judge(result.flow, person))
+    return Run(seconds, cpu_seconds, result.steps, result.met, judge(result.flow, person, FORGET_PHOTOS))
 
 
 def show(engine: str, person: int, run: Run) -> None:
@@ -216,10 +164,6 @@ def summary(ours: dict[int, Run], paper: dict[int, Run]) -> dict[str, float | in
         "paper_drift_median": paper_drift,
         "drift_ratio": drift / paper_drift if drift is not None and paper_drift else None,
     }
-
-
-def _rows(people: list[int]) -> Tensor:
-    return torch.cat([torch.arange((person - 1) * PHOTOS, person * PHOTOS) for person in people])
 
 
 if __name__ == "__main__":

