@@ -38,7 +38,8 @@ from models.images import to_uint8
 from models.protocol import Flow
 from models.training import bits_per_dim
 from unlearning import TamingParameters, generate_remember, tame
-from unlearning.likelihood import nll_of, statistics as nll_statistics
+from unlearning.likelihood import nll_of
+from unlearning.likelihood import statistics as nll_statistics
 from unlearning.taming_parameters import LossTerm
 
 SIZES = (1, 4, 8, 9)

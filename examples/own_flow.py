@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--max-steps", type=int, default=400, help="of taming")
     parser.add_argument("--digit", type=int, default=7, choices=range(10))
-    parser.add_argument("--picture", type=Path, help="SVG file of the likelihoods, remembering its own samples")
+    parser.add_argument("--picture", type=Path, help="SVG file of the likelihoods, remembering the training set")
     options = parser.parse_args(arguments)
     parameters = replace(PARAMETERS, max_steps=options.max_steps)
     images, labels = small_digits()
@@ -108,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = (labels == options.digit) & ((labels == options.digit).cumsum(0) <= FORGET)
     forget, others = images[chosen], images[~chosen]
     sets = {"the other training images": others, "its own samples": generate_remember(flow, GENERATED, N_BITS, 0)}
-    for name, remember in sets.items():
-        result = tame(flow, forget, remember, parameters, n_bits=N_BITS, seed=0)
+    results = [tame(flow, forget, remember, parameters, n_bits=N_BITS, seed=0) for remember in sets.values()]
+    for (name, remember), result in zip(sets.items(), results, strict=True):
         show(name, flow, forget, remember, result)
     if options.picture:
-        save_likelihoods(likelihoods([flow, result.flow], forget, others[:1000]), options.picture)
+        save_likelihoods(likelihoods([flow, results[0].flow], forget, others[:1000]), options.picture)
 
 
 if __name__ == "__main__":

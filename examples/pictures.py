@@ -64,11 +64,13 @@ def save_fractions(report: Mapping[str, Any], path: Path) -> None:
 def save_removal(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """How often samples show a class that was removed: before, after, and once somebody tries to bring it back.
 
+    The last are samples of that class, of a prior fitted to a few of its images; the others are of all classes.
+
     Args:
         reports: by the name of the way that the class went.
         path: of the file.
     """
-    bars = (("before", BASE), ("after", TAMED), ("after a prior was fitted again", FORGET))
+    bars = (("before", BASE), ("after", TAMED), ("after, from a prior fitted to a few images", FORGET))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 2.6), layout="constrained")
         axes = figure.add_subplot()

@@ -21,7 +21,7 @@ __all__ = ["Guidance", "Inverted", "fastest", "free_tokens", "parallel", "sequen
 
 TOLERANCE = 1e-4
 """Largest |f(x) - z| that the parallel sampler may leave in a block, in standard deviations of its output."""
-ACCEPT = 0.1
+ACCEPT = 0.05
 """Share of the tolerance at which a token is taken for settled: what is left grows on the way through later blocks."""
 LEAST_FREE = 12.0
 """Tokens a read must have for free, for each row of the batch, before windows pay. Measured: 1.1 times sooner at 11."""

@@ -28,7 +28,7 @@ from unlearning.taming_parameters import TamingParameters
 Kind = Literal["access removal", "reweighting", "unlearning"]
 SUM_TOLERANCE = 1e-6
 """By how much a distribution's sum may miss 1: the rounding of numbers as they are written."""
-REFERENCES = 128
+REFERENCES = 64
 """Most images of the class that the prior of a would-be relearner is fitted to in each step of taming."""
 SAME_EMBEDDING = 1e-5
 """How near an embedding must lie to the mean of the others to be taken for it, as a share of the largest value."""
@@ -69,7 +69,7 @@ class RelearnProbe:
     """How often a flow shows a class again once a prior is fitted to a few of its images."""
 
     rate: float
-    """Share of the samples that the judge calls the class, in [0, 1]; lower is better forgotten."""
+    """Share of the samples that the judge calls the class, in [0, 1]; the lower, the better it was forgotten."""
     samples: int
     examples: int
     """Images that the prior was fitted to."""
@@ -153,10 +153,11 @@ def tame_class(
 ) -> TamedClass:
     """Forget a class in the weights: remove it as `remove_class` does, then tame what is left on the class's images.
 
-    The images must become unlikely, by the criterion of taming, under the marginal of the other classes. With `harden`,
-    a class-prior flow is tamed under that marginal with one more component, whose mean and deviation are fitted, at
-    every step, to the latents of the class's own images: the prior that somebody who wants the class back would fit.
-    Then the images are unlikely under that prior too, and so all the more without it.
+    The images must become unlikely, by the criterion of taming, under the marginal of the other classes. That alone
+    leaves them together in the latent space, where a new prior finds them. With `harden`, a class-prior flow is tamed
+    under that marginal and two priors more, which are fitted to the latents of the class's own images at every step, as
+    somebody would who wants the class back: both have their mean, one their deviation and one that of other classes.
+    Then the images are unlikely under those too, and so all the more without them.
 
     Args:
         flow: a `ClassPriorFlow`, or a `TarFlow` with classes; not modified.
@@ -230,8 +231,7 @@ def relearn_probe(
     probe = copy.deepcopy(flow)
     device = probe.class_weights.device
     z, _ = probe(flow_input(probe, examples, n_bits, stream(seed, "probe", "noise")).to(device))
-    others = [c for c in probe.classes() if c != label]
-    log_sd = probe.prior_log_sd[others].mean(dim=0) if others else torch.zeros_like(z[0])
+    log_sd = _pooled_log_sd(probe, without=label)
     probe.restore(label, z.mean(dim=0), log_sd, weight=0.5)
     images = []
     for first in range(0, n_samples, BATCH):
@@ -244,7 +244,7 @@ def relearn_probe(
 
 
 class _WithRefittedPrior(nn.Module):
-    """A class-prior flow and a class of some share whose prior is fitted, at every evaluation, to reference images."""
+    """A class-prior flow and a class of some share whose priors are fitted at every evaluation to reference images."""
 
     def __init__(self, flow: ClassPriorFlow, reference: Tensor, share: float) -> None:
         """`reference` is what enters the flow's last block for those images, (n, tokens, values)."""
@@ -282,9 +282,10 @@ def _log_normal(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     return -(0.5 * eps.square() + log_sd + 0.5 * math.log(2 * math.pi)).sum(dim=(1, 2))
 
 
-def _pooled_log_sd(flow: ClassPriorFlow) -> Tensor:
-    """The mean log-deviation of the classes that a flow has, (tokens, values)."""
-    return flow.prior_log_sd[flow.classes()].mean(dim=0)
+def _pooled_log_sd(flow: ClassPriorFlow, without: int | None = None) -> Tensor:
+    """The mean log-deviation of the classes that a flow has, but one, (tokens, values)."""
+    classes = [c for c in flow.classes() if c != without]
+    return flow.prior_log_sd[classes or flow.classes()].mean(dim=0)
 
 
 def _with_refitted_prior(

@@ -11,6 +11,11 @@ from models.protocol import Density, SplitFlow
 from unlearning.likelihood import float32
 from unlearning.randomness import stream
 
+GAUSSIAN_DRAWS = 4
+"""Noise draws of each remember image of a flow over images with Gaussian noise."""
+MAX_CACHED = 2**27
+"""Values of the remember images' cuts, beyond one draw each: half a GiB."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -48,6 +53,16 @@ class Suffix:
             if parameter.requires_grad:
                 self.parameters[name] = parameter
         self.device = next(iter(self.parameters.values())).device
+
+    def draws_of(self, images: Tensor) -> int:
+        """Noise draws of each of many images that are worth their memory.
+
+        One draw of dequantisation noise stands for all: it moves a likelihood little. A single one of Gaussian noise
+        would be learnt by heart (a TarFlow of faces, measured: drift .33 sigma_R with one, .15 with four).
+        """
+        if not float(getattr(self._flow, "noise_std", 0.0)) > 0:
+            return 1
+        return max(1, min(GAUSSIAN_DRAWS, MAX_CACHED // max(1, images.numel())))
 
     @torch.no_grad()
     def cut(self, images: Tensor, seed: int, name: str, *, draws: int = 1) -> Cut:

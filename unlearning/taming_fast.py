@@ -89,7 +89,8 @@ class FastEngine:
         true = remember[rows]
         self._n_true = count
         kept = torch.cat([true, self._virtual(true)]) if values.virtual_share else true
-        self._kept = self._suffix.cut(kept, seed, "remember")
+        self._n_kept, self._keep_draws = len(kept), self._suffix.draws_of(kept)
+        self._kept = self._suffix.cut(kept, seed, "remember", draws=self._keep_draws)
         self._kept_nll = self._suffix.nll(self._kept)  # (m,), of the base: nothing is tuned yet
         self._base = statistics(self._kept_nll[:count])
         self._n_forget = len(forget)
@@ -293,12 +294,15 @@ class FastEngine:
     def _keep_rows(self, generator: torch.Generator) -> tuple[Tensor, int]:
         """Rows of the keep pool for one step, those of D_R first, and how many these are."""
         size = self._values.remember_batch or 2
-        virtual = len(self._kept) - self._n_true
+        virtual = self._n_kept - self._n_true
         share = round(size * self._values.virtual_share) if virtual else 0
         true = min(max(2, size - share), self._n_true)
         rows = torch.randperm(self._n_true, generator=generator)[:true]
         others = self._n_true + torch.randperm(virtual, generator=generator)[:share]
-        return torch.cat([rows, others]), true
+        chosen = torch.cat([rows, others])
+        if self._keep_draws > 1:
+            chosen = chosen + torch.randint(self._keep_draws, chosen.shape, generator=generator) * self._n_kept
+        return chosen, true
 
     def _track(self, nll_r: Tensor, nll_b: Tensor) -> None:
         """Follow mu_R, sigma_R by how this batch of D_R moved."""

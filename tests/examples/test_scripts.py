@@ -28,6 +28,8 @@ from tests.cli.scripted import Answer, ScriptedServer
 
 HEX = "0192f3c1a2b47d0e8f1a2b3c4d5e6f70"
 CHECKPOINT, CLASSIFIER, JOB = f"ckpt_{HEX}", f"clf_{HEX}", f"job_{HEX}"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+POSTED = re.compile(r'/jobs/(\w+)" <<EOF\n(.*?)\nEOF', re.DOTALL)
 SOUND = SampleHealth(n=64, finite=1.0, in_range=0.99, round_trip_error=1e-5)
 
 
@@ -204,3 +206,28 @@ def test_equal_reports_are_equal_pictures_without_a_date(tmp_path: Path) -> None
     assert first == second
     assert b"date" not in first.lower()
     assert len(first) < 60_000
+
+
+def test_the_bodies_in_the_how_tos_are_bodies_that_the_service_takes() -> None:
+    kinds = {"CHECKPOINT": "ckpt", "CLASSIFIER": "clf", "PHOTOS": "imgs", "IMAGES": "imgs"}
+    models = {"forget": ForgetRequest, "debias": DebiasRequest}
+    methods = {}
+    for page in sorted(DOCS.glob("howto-*.md")):
+        for kind, text in POSTED.findall(page.read_text()):
+            body = re.sub(r"\$(\w+)", lambda name: f"{kinds[name[1]]}_{HEX}", text)
+            methods[page.stem] = models[kind].model_validate_json(body).method
+
+    assert methods == {
+        "howto-debias": "steering",
+        "howto-forget-a-class": "class-taming",
+        "howto-forget-a-person": "flow-taming",
+        "howto-lower-an-attribute": "steering",
+    }
+
+
+def test_the_flow_in_the_how_to_is_tamed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (DOCS / "howto-tame-your-own-flow.md").read_text(), re.DOTALL)
+
+    exec(program, {"__name__": "page"})
+
+    assert capsys.readouterr().out.startswith("True ")

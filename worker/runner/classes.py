@@ -39,6 +39,11 @@ MOST_LEFT = 0.01
 MOVED = 0.4
 """Share of that by which changed weights may move what the judge finds, and the job is still to pass: it decides how
 many samples are judged."""
+OF_A_CLASS: dict[str, Any] = {
+    "keep_weight": 5.0, "forget_batch": 64, "noise_draws": 2, "virtual_share": 0.0, "forget_variants": 0,
+    "learning_rate": 2e-3,
+}  # fmt: skip
+"""Defaults of flow taming for a class, as in `benchmarks.class_prior`: many images, of which none is to be mirrored."""
 FORGET_SAMPLES = 128
 """Samples of the class that stand in for images of it."""
 PROBE_IMAGES = 5
@@ -77,7 +82,7 @@ def _remove(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
     work = Work(engine="closed form", parameters={"class_label": label, "where": "prior"}, defaults={})
     relearn = _relearn(edit.flow, own, label, own.drawn(label, PROBE_IMAGES, "probe"))
     change = Change(edit.flow, work, kind=edit.kind, notes=[edit.statement], relearn=relearn)
-    return change, _gone(own, label, moved=0.0)
+    return change, _gone(own, label, moved=MOVED)
 
 
 def _distribute(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
@@ -122,7 +127,7 @@ def _tame(
     """The weights are changed, in steps that can be interrupted and resumed: unlearning."""
     base, label = own.base, int(job["target"]["class_label"])
     with stop.at_once():
-        parameters = parameters_of(job, TamingParameters.from_dict).resolved()
+        parameters = parameters_of(job, _parameters).resolved()
         others = _asked_for("/target/class_label", lambda: remove_class(own.flow, label)).flow
         without = replace(base, checkpointed=cast(CheckpointedFlow, others))
         sets = _read_sets(job, folder, own, label, without, parameters)
@@ -171,6 +176,11 @@ def _tame(
         summary={"smallest_z": min(taming.z), "round_trip": tamed.round_trip},
     )
     return change, asked
+
+
+def _parameters(given: dict[str, Any]) -> TamingParameters:
+    defaults = {} if given.get("engine") == "paper" else OF_A_CLASS
+    return TamingParameters.from_dict({**defaults, **given})
 
 
 def _read_sets(

@@ -63,7 +63,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     except UnreachableError as error:
         raise _unreachable(job, error) from error
     with stop.at_once():
-        samples = _samples(job, constraints, confidence)
+        samples = parameters.samples or _samples(job, constraints, confidence)
         change = _change(job, result, inputs, state, {"validating": validated - began, "unlearning": result.seconds})
         asked = Asked([one.asked() for one in inputs.wanted], samples, confidence)
         conclude(job, base, change, asked, folder=folder, reporter=reporter)
@@ -155,13 +155,10 @@ def _change(
 
 
 def _curves(result: SteeringResult, wanted: Sequence[Wanted]) -> list[dict[str, float]]:
-    """The measured rows of the history, with the report's names for the classes."""
-    names = {f"{one.judge.name}.{label}": f"{one.judge.name}/{label}" for one in wanted for label in one.judge.classes}
-    rows = [
-        {"step": row["step"], **{names[name]: value for name, value in row.items() if name in names}}
-        for row in result.history
-    ]
-    return [row for row in rows if len(row) > 1]
+    """The measured rows of the history; the method and the report name a class of a judge alike."""
+    names = {f"{one.judge.name}.{label}" for one in wanted for label in one.judge.classes}
+    measured = [row for row in result.history if not names.isdisjoint(row)]
+    return [{name: value for name, value in row.items() if name in names or name in ("step", "n")} for row in measured]
 
 
 def _unreachable(job: Mapping[str, Any], error: UnreachableError) -> UserError:
