@@ -116,9 +116,9 @@ def time_samplers(flow: TarFlow, batch: int, rounds: int) -> dict[str, float]:
             if turn:
                 seconds[name].append(time.perf_counter() - start)
             reads[name] = found[name].reads
-        residual = max(residual, whole_residual(flow, found["parallel"], latents))
-        own = max(own, whole_residual(flow, found["sequential"], latents))
-        certificate = max(certificate, found["parallel"].residual or 0.0)
+        residual = _worst(residual, whole_residual(flow, found["parallel"], latents))
+        own = _worst(own, whole_residual(flow, found["sequential"], latents))
+        certificate = _worst(certificate, found["parallel"].residual or 0.0)
         fallbacks += found["parallel"].fallbacks
         for other in ("parallel", "concatenating"):
             change = float((found[other].images - found["sequential"].images).abs().max())
@@ -137,6 +137,11 @@ def time_samplers(flow: TarFlow, batch: int, rounds: int) -> dict[str, float]:
 
 
 @torch.no_grad()
+def _worst(*values: float) -> float:
+    """The largest; NaN where one of them is."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
+
+
 def whole_residual(flow: TarFlow, found: Inverted, latents: Tensor) -> float:
     """max |f(x) - z| over all blocks together."""
     return float((flow(found.images)[0] - latents).abs().max())
@@ -204,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures: dict[str, float | int] = {
         "parallel_speedup": single["parallel"],
         "cached_ratio": 1 / single["concatenating"],
-        "max_residual": max(single["residual"], crowd["residual"]),
+        "max_residual": _worst(single["residual"], crowd["residual"]),
         "tokens": tokens,
         "default_ratio_batch_1": single["default"],
         "default_ratio_batch_8": crowd["default"],

@@ -14,6 +14,9 @@ LARGEST = 512 * 2**20
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 """Operator sets that the ONNX standard defines."""
 
+RUNTIMES = ("com.", "org.pytorch", "ai.onnx")
+"""How the names of operator sets begin for which a runtime has code of its own, whatever a file defines under them."""
+
 DEEPEST = 64
 """Nested graphs, beyond which a file is refused."""
 
@@ -54,6 +57,11 @@ def check_onnx(data: bytes) -> None:
             for number, _, function in _fields(view)
             if number == FUNCTIONS and isinstance(function, memoryview)
         }
+        for domain, name in own:
+            if domain in DOMAINS or domain.startswith(RUNTIMES):
+                raise ClassifierFileError(
+                    f"the file redefines {name!r} of {domain!r}, which the runtime has code of its own for"
+                )
         _walk("model", view, own, 0)
     except _Malformed as error:
         raise ClassifierFileError("the file is no ONNX model, or cut short: export the classifier again") from error

@@ -3,6 +3,7 @@
 All of them share one opening (flow, latents, label, guidance) and keep nothing on the flow, so calls do not meet.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,7 +124,7 @@ def parallel(
         if not left <= tolerance:
             _finish(decoder, x, z, 0)
             left, fallbacks, reads = check(x), fallbacks + 1, reads + z.shape[1] - 1
-        worst = max(worst, left)
+        worst = left if math.isnan(left) or left > worst else worst  # a NaN stays
         return x
 
     images = _through(flow, latents, label, guidance, invert)

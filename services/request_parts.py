@@ -111,8 +111,8 @@ class Attribute(Judge):
     """How often samples may show a class: at most, or at least, this fraction of them."""
 
     name: ClassName = Field(alias="class", description="one of the classifier's classes, or of the sets")
-    at_most: float | None = Field(None, ge=0, lt=1)
-    at_least: float | None = Field(None, gt=0, le=1)
+    at_most: float | None = Field(None, ge=0.001, lt=1)
+    at_least: float | None = Field(None, gt=0, le=0.999)
 
     @model_validator(mode="after")
     def _one_bound(self) -> Attribute:

@@ -167,7 +167,7 @@ class DebiasRequest(JobRequest):
         dict[ClassName, Fraction],
         Field(min_length=2, max_length=100, description="the fraction of samples of every class; 0 for none of it"),
     ]
-    tolerance: Annotated[float, Field(ge=0.002, le=0.5, description="how far off each fraction may be")] = 0.03
+    tolerance: Annotated[float, Field(ge=0.01, le=0.5, description="how far off each fraction may be")] = 0.03
     confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the intervals that must lie inside")] = 0.95
     method: AskedMethod = Field("auto", validate_default=True)
     parameters: Options = Field(

@@ -188,7 +188,10 @@ def tame_class(
     tamed = taming.flow.flow if isinstance(taming.flow, _WithRefittedPrior) else taming.flow
     taming = dataclasses.replace(taming, flow=tamed)
     if taming.met:
-        what = f"Class {label} was taken away and its images were made unlikely in the weights, by the criterion asked."
+        what = (
+            f"Class {label} was taken away and its images were made unlikely in the weights, by the criterion asked. "
+            f"How much of it a prior that is fitted again brings back is another question: see the probe."
+        )
     else:
         what = (
             f"Class {label} was taken away, but its images are still likely: the criterion was not met in the weights."

@@ -31,12 +31,11 @@ class SteeringParameters:
     """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
     gain: float = 0.6
     """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]. Measured."""
-    boost: float = 4.0
-    """."""
-    average: float = 0.9
-    """."""
-    centred: bool = True
-    """."""
+    boost: float = 0.0
+    """How many times the error of the latest fractions, in logarithms, is added to the weights: it hurries a run on
+    while it is far from its aim, and vanishes there; [0, 100]."""
+    average: float = 0.95
+    """Decay of the running mean of the tuned weights that is the result; [0, 0.9999]."""
     huber: float = 2.0
     """Nats beyond which an image's error in likelihood counts linearly; (0, 1000]. Measured."""
     clip: float = 50.0
@@ -79,7 +78,6 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "gain": (float, 0, 2, True),
     "boost": (float, 0, 100, True),
     "average": (float, 0, 0.9999, True),
-    "centred": (int, 0, 1, True),
     "huber": (float, 0, 1000, False),
     "clip": (float, 0, 1_000_000, False),
 }
@@ -89,7 +87,7 @@ def _check(name: str, value: object) -> None:
     if value is None and name == "samples":
         return
     kind, low, high, closed = _RANGES[name]
-    if name != 'centred' and isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         raise ParameterError(name, f"must be a {'whole number' if kind is int else 'number'}, not {value!r}")
     if not math.isfinite(value) or value < low or value > high or (value == low and not closed):
         raise ParameterError(

@@ -7,6 +7,7 @@ onnxruntime. Frames both ways: a big-endian length, then that many bytes. In: on
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,16 @@ FOREIGN_DOMAINS = (
 )
 NODE_DOMAIN = 0x3A  # the tag of an operator's domain (NodeProto, field 7); a length and the name follow
 
+
+def _varint(value: int) -> bytes:
+    """A pattern for a small number as protocol buffers write it, with any number of needless bytes."""
+    return b"(?:%s|%s\x80*\x00)" % (re.escape(bytes((value,))), re.escape(bytes((value | 0x80,))))
+
+
+FOREIGN_OPERATOR = re.compile(
+    _varint(NODE_DOMAIN) + b"(?:%s)" % b"|".join(_varint(len(name)) + re.escape(name) for name in FOREIGN_DOMAINS)
+)
+
 Shape = Sequence[int | str | None]
 
 
@@ -57,7 +68,7 @@ def load(data: bytes) -> Any:
     """A session on the file, one thread, nothing rewritten; raises ``Refused``."""
     if MEMORY_ADDRESS in data:
         raise Refused("external_data")
-    if any(bytes((NODE_DOMAIN, len(domain))) + domain in data for domain in FOREIGN_DOMAINS):
+    if FOREIGN_OPERATOR.search(data):
         raise Refused("foreign_operator")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -263,6 +263,16 @@ def test_operators_that_the_file_defines_itself_are_its_own(path):
     assert OnnxClassifier(path, spec(), SHAPE)(MIXED).tolist() == [0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("domain", ["", "ai.onnx.ml", "com.microsoft", "com.ms.internal.nhwc", "org.pytorch.aten"])
+def test_a_file_may_not_define_what_the_runtime_has_code_of_its_own_for(path, domain):
+    model = onnx.load(brightness_model(path, k=1))
+    copy = helper.make_node("Identity", ["a"], ["b"])
+    model.functions.append(helper.make_function(domain, "Gelu", ["a"], ["b"], [copy], [helper.make_opsetid("", 18)]))
+
+    with pytest.raises(ClassifierFileError, match="redefines"):
+        check_onnx(model.SerializeToString())
+
+
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x80\x02}q\x00.", b"\xff" * 64])
 def test_a_file_of_something_else_is_refused(path, data):
     path.write_bytes(data)

@@ -117,3 +117,12 @@ def test_store_that_fails_on_the_way_is_no_refusal() -> None:
 
     with pytest.raises(TimeoutError):
         try_classifier(chunks(), 100, output="logits", classes=2)
+
+
+@pytest.mark.parametrize("tag", [b"\x3a", b"\xba\x00", b"\xba\x80\x00"])
+@pytest.mark.parametrize("length", [b"\x0d", b"\x8d\x00", b"\x8d\x80\x80\x00"])
+def test_a_foreign_operator_is_found_however_its_name_is_framed(tag: bytes, length: bytes) -> None:
+    from services.sandbox.classifier_process import FOREIGN_OPERATOR
+
+    assert FOREIGN_OPERATOR.search(b"xx" + tag + length + b"com.microsoft" + b"xx")
+    assert not FOREIGN_OPERATOR.search(b"\x12" + length + b"com.microsoft")
