@@ -69,6 +69,7 @@ def test_progress_tells_the_fraction_of_each_class(tmp_path: Path) -> None:
 
 def test_bounds_of_several_judges_are_kept_at_once(tmp_path: Path) -> None:
     bench = _attributes(tmp_path, {"class": "bright", "at_most": 0.3}, {"class": "bright", "at_most": 0.2})
+    bench.job["parameters"] = {**QUICK, "max_steps": 300}
     judge = bench.job["target"]["attributes"][0]["judge"]
     bench.job["target"]["attributes"][1]["judge"] = {**judge, "threshold": 0.52}
 
