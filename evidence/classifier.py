@@ -13,7 +13,7 @@ from scipy import special
 from torch import Tensor
 
 from evidence.errors import ClassifierShapeError, InsufficientEvidenceError, TargetError
-from evidence.fractions import Fraction
+from evidence.fractions import Fraction, clopper_pearson
 from evidence.likelihood import check_images, derive_seed, device_of
 from models.images import flow_input
 
@@ -296,10 +296,7 @@ def _balanced(hits: Sequence[float], sizes: Sequence[int], confidence: float) ->
     k = len(sizes)
     n = int(k * k / sum(1 / size for size in sizes) + 1e-9)
     value = sum(hits) / k
-    right, alpha = value * n, 1 - confidence
-    low = 0.0 if right <= 0 else float(special.betaincinv(right, n - right + 1, alpha / 2))
-    high = 1.0 if right >= n else float(special.betaincinv(right + 1, n - right, 1 - alpha / 2))
-    return Fraction(value, low, high, n, confidence, confidence)
+    return Fraction(value, *clopper_pearson(value * n, n, 1 - confidence), n, confidence, confidence)
 
 
 def _held_out_guesses(x: Tensor, targets: Tensor, weight: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

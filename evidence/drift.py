@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import hypergeom
 from torch import Tensor, nn
 
 from evidence.likelihood import BATCH, FloatArray, density_nll, derive_seed
@@ -20,6 +20,9 @@ ROUND_TRIP_TOLERANCE = 1e-2
 
 RANGE_LOSS_TOLERANCE = 0.05
 """Share of pixel values that may leave the image range beyond what the base model's samples do."""
+
+CHANCE = 0.02
+"""Probability with which a model is taken for less sound than its base by chance, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class SampleHealth:
     Attributes:
         n: samples, at temperature 1.
         finite: share of samples with finite values only, in [0, 1]; hold it against the base model's.
-        in_range: share of values within [-0.5, 0.5], in [0, 1]; hold it against the base model's.
-        round_trip_error: largest |x - inverse(forward(x))| over the finite samples; None where the flow has no
+        in_range: share of values within [-0.5, 0.5], in [0, 1], of the first samples where there are many; hold it
+            against the base model's.
+        round_trip_error: largest |x - inverse(forward(x))| over the finite ones of these; None where the flow has no
             inverse, infinite where it is not finite.
     """
 
@@ -80,25 +84,29 @@ class SampleHealth:
         """Whether all samples are finite and the inverse leads back."""
         return self.finite == 1 and (self.round_trip_error or 0.0) <= ROUND_TRIP_TOLERANCE
 
-    def finite_floor(self) -> float:
-        """The least share of finite samples that a model as good as this one is expected to show.
+    def finite_floor(self, n: int) -> float:
+        """The least share of finite samples, of n, that is expected of a model as good as this one; above 0.
 
-        The lower end of Wilson's 98 % interval for this share: wide, since both shares vary. A flow with affine
-        couplings draws a sample that explodes now and then: that none of these did says little of one in the other
-        model's.
+        The least that an exact test of two shares does not tell from this one's (Fisher's, one-sided, at CHANCE): wide,
+        since both shares vary. A flow with affine couplings draws a sample that explodes now and then: that none of
+        these did says little of one in the other model's.
         """
-        if not 0 <= self.finite <= 1 or self.n < 1:
+        if not 0 <= self.finite <= 1 or self.n < 1 or n < 1:
             return math.nan
-        interval = binomtest(round(self.finite * self.n), self.n).proportion_ci(0.98, method="wilson")
-        return float(interval.low)
+        broken = round((1 - self.finite) * self.n)
+        low, high = 0, n  # broken ones of n: these may be, these are too many
+        while high - low > 1:
+            middle = (low + high) // 2
+            likely = hypergeom.sf(middle - 1, self.n + n, broken + middle, n) >= CHANCE
+            low, high = (middle, high) if likely else (low, middle)
+        return (n - low) / n
 
     def as_good_as(self, base: SampleHealth) -> bool:
         """As finite, as invertible and as much in range as the base model's samples from the same latents."""
         reachable = max(ROUND_TRIP_TOLERANCE, ROUND_TRIP_GROWTH * (base.round_trip_error or 0.0))
         invertible = self.round_trip_error is None or self.round_trip_error <= reachable
-        return (
-            self.finite >= base.finite_floor() and invertible and self.in_range >= base.in_range - RANGE_LOSS_TOLERANCE
-        )
+        finite = self.finite >= base.finite_floor(self.n)
+        return finite and invertible and self.in_range >= base.in_range - RANGE_LOSS_TOLERANCE
 
 
 def nll_drift(base: FloatArray, tamed: FloatArray, sigma_base: float) -> Drift:
@@ -149,13 +157,23 @@ def kl_per_dim(base: Flow, tamed: Flow, samples: Tensor, *, batch_size: int = BA
     return KlEstimate(*_mean_and_error(terms), n=len(terms))
 
 
-def sample_health(flow: Flow, samples: Tensor, *, batch_size: int = BATCH) -> SampleHealth:
-    """Look at samples (n, c, h, w) that the flow drew."""
+def sample_health(
+    flow: Flow, samples: Tensor, *, batch_size: int = BATCH, finite_of: tuple[int, int] | None = None
+) -> SampleHealth:
+    """Look at samples (n, c, h, w) that the flow drew.
+
+    Args:
+        flow: whose samples.
+        samples: the first of them, or all.
+        batch_size: samples that pass through the flow at once.
+        finite_of: how many samples are finite, of how many, where more were drawn than are given.
+    """
     finite = samples.isfinite().flatten(1).all(1)  # (n,)
+    counted, drawn = finite_of or (int(finite.sum()), len(samples))
     in_range = (samples.abs() <= 0.5).float().mean() if samples.numel() else torch.tensor(math.nan)
     return SampleHealth(
-        n=len(samples),
-        finite=float(finite.float().mean()) if len(samples) else math.nan,
+        n=drawn,
+        finite=counted / drawn if drawn else math.nan,
         in_range=float(in_range),
         round_trip_error=_round_trip_error(flow, samples[finite], batch_size),
     )

@@ -21,6 +21,7 @@ __all__ = [
     "Fraction",
     "Judgement",
     "Told",
+    "clopper_pearson",
     "count",
     "fraction_of",
     "judge",
@@ -35,7 +36,7 @@ CONFIDENCE = 0.95
 POWER = 0.95
 """Probability with which a flow that is exactly at its target has to pass."""
 
-MOST_SAMPLES = 2**23
+MOST_SAMPLES = 2**27
 """Beyond so many samples no number is named any more."""
 
 Told = Literal["inside", "outside", "insufficient"]
@@ -115,9 +116,14 @@ def fraction_of(hits: int, n: int, *, confidence: float = CONFIDENCE, comparison
     alpha = (1 - confidence) / comparisons
     if n == 0:
         return Fraction(float("nan"), 0.0, 1.0, 0, confidence, 1 - alpha)
-    low = 0.0 if hits == 0 else float(special.betaincinv(hits, n - hits + 1, alpha / 2))
-    high = 1.0 if hits == n else float(special.betaincinv(hits + 1, n - hits, 1 - alpha / 2))
-    return Fraction(hits / n, low, high, n, confidence, 1 - alpha)
+    return Fraction(hits / n, *clopper_pearson(hits, n, alpha), n, confidence, 1 - alpha)
+
+
+def clopper_pearson(hits: float, n: int, alpha: float) -> tuple[float, float]:
+    """Ends of the interval of hits / n at confidence 1 - alpha; between whole hits, as the beta quantiles go on."""
+    low = 0.0 if hits <= 0 else float(special.betaincinv(hits, n - hits + 1, alpha / 2))
+    high = 1.0 if hits >= n else float(special.betaincinv(hits + 1, n - hits, 1 - alpha / 2))
+    return low, high
 
 
 def count(labels: Tensor, classes: Sequence[str], *, confidence: float = CONFIDENCE) -> dict[str, Fraction]:

@@ -1,4 +1,4 @@
-"""How far the pictures of one set are from another, beside how far a set is from itself: KID with its noise floor."""
+"""How far the pictures of one set are from another, beside what chance makes of one: KID with its noise floor."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ FEWEST_BLOCKS = 8
 SMALLEST_BLOCK = 4
 """Images in a block, below which nothing is measured."""
 
-SPLITS = 40
-"""Random halves of a set that its noise floor is taken over."""
+LARGEST_SET = 1000
+"""Pictures of each set that a distance beside its floor is taken over; of more, as many at random."""
 
-SMALLEST_HALF = 16
-"""Pictures of a half, below which there is no floor."""
+FALSE_ALARMS = 0.05
+"""Probability with which equal distributions are told apart in any of the distances that are looked at together."""
 
-LARGEST_HALF = 500
-"""Pictures of a half, beyond which a floor gains little."""
+RANK = 5
+"""Shufflings that may lie as far apart as the sets do, or further, before their distance is taken for noise."""
 
-FLOOR_QUANTILE = 0.95
+CHUNK = 500
+"""Shufflings that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Kid:
     Attributes:
         value: in units of the kernel; NaN with too few pictures or features that are not finite.
         standard_error: over disjoint blocks, each an estimate of its own; None with too few pictures.
-        floor: 95 % of random halves of the first set, more where several distances are looked at, are no further from
-            each other; None where not asked for, or with
-            too few pictures.
+        floor: how far apart chance alone puts two such sets: all their pictures are shuffled and dealt out anew, many
+            times, and of equal distributions one in twenty lies beyond, or one in twenty groups of distances that are
+            looked at together. None where not asked for, or with too few pictures.
         n: pictures of the first set.
         m: pictures of the second.
         extractor: name of the features.
@@ -73,7 +74,7 @@ class Kid:
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether the sets are no further apart than halves of the first are; None where that is not known."""
+        """Whether chance alone puts such sets as far apart; None where that is not known."""
         if self.floor is None or not math.isfinite(self.value):
             return None
         return self.value <= self.floor
@@ -99,39 +100,39 @@ def kid(x: Tensor, y: Tensor, *, seed: int, extractor: str = "given features") -
 
 
 def kid_beside_floor(base: Tensor, other: Tensor, extractor: Extractor, *, seed: int, comparisons: int = 1) -> Kid:
-    """Distance of two sets of pictures beside the noise floor of the first.
+    """Distance of two sets of pictures beside its noise floor: a permutation test (Gretton et al. 2012, JMLR 13).
 
-    Forty times, two random halves of the base's pictures and as many of the other set are taken, at most LARGEST_HALF:
-    the distances between the halves make the floor, and the mean distance of the first half to the other set is the
-    value. So both are measured alike, as whole sets; the standard error is that of `kid`, an upper estimate here.
+    Under equal distributions it makes no difference which set a picture came from. So the pictures of both are shuffled
+    and dealt out anew, and the floor is the RANK-th largest distance of as many shufflings as give a distance beyond it
+    a probability of at most FALSE_ALARMS / comparisons: exactly, at any number of pictures, of features that do not
+    tell the sets from each other by themselves. The value is over up to LARGEST_SET pictures of each set, as in the
+    shufflings; the standard error is that of `kid`, an upper estimate here.
 
     Args:
         base: (n, c, h, w) uint8, independent of `other`: samples drawn from the same latents are not.
         other: (m, c, h, w) uint8.
-        extractor: the features.
-        seed: of the splits.
+        extractor: the features; fitted to neither set, or to both alike.
+        seed: of the shuffles.
         comparisons: distances that are looked at together: each floor is so much higher that of equal distributions
             one in twenty such groups holds a distance beyond its floor.
     """
     x, y = extractor.features(base).double(), extractor.features(other).double()
     whole = kid(x, y, seed=derive_seed(seed, "kid", "whole"), extractor=extractor.name)
-    size = min(len(x) // 2, len(y), LARGEST_HALF)
-    if size < SMALLEST_HALF or not math.isfinite(whole.value):
+    if not math.isfinite(whole.value):
         return whole
-    between, within = [], []
-    for split in range(SPLITS):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "kid", "split", split))
-        halves = torch.randperm(len(x), generator=generator)
-        some = torch.randperm(len(y), generator=generator)[:size]
-        first, second = x[halves[:size]], x[halves[size : 2 * size]]
-        between.append(_discrepancy(first, y[some]))
-        within.append(_discrepancy(first, second))
-    floor = float(np.quantile(within, 1 - (1 - FLOOR_QUANTILE) / comparisons))
-    return Kid(float(np.mean(between)), whole.standard_error, floor, len(x), len(y), extractor.name)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "kid", "shuffles"))
+    kept = [one[torch.randperm(len(one), generator=generator)[:LARGEST_SET]] for one in (x, y)]
+    count = math.ceil(RANK * max(1, comparisons) / FALSE_ALARMS) - 1
+    value, shuffled = _shuffled(kept[0], kept[1], count, generator)
+    floor = float(shuffled.topk(RANK).values[-1])
+    return Kid(value, whole.standard_error, floor, len(x), len(y), extractor.name)
 
 
 def pca_extractor(images: Tensor) -> Extractor:
-    """Principal components of pixels, fitted to images (n, c, h, w) uint8: what there is for a flow of any pictures."""
+    """Principal components of pixels, fitted to images (n, c, h, w) uint8: what there is for a flow of any pictures.
+
+    For a floor that holds, fit it to the pictures of both sets: those of one alone lie closer to its components.
+    """
     embedding = PcaEmbedding.fit(images)
     return Extractor(f"principal components of pixels ({len(embedding.components)})", embedding.embed)
 
@@ -147,6 +148,35 @@ def _block_estimates(x: Tensor, y: Tensor, seed: int) -> np.typing.NDArray[np.fl
     first = torch.randperm(len(x), generator=generator)[: blocks * size].view(blocks, size)
     second = torch.randperm(len(y), generator=generator)[: blocks * size].view(blocks, size)
     return np.array([_discrepancy(x[i], y[j]) for i, j in zip(first, second, strict=True)])
+
+
+def _shuffled(x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """The discrepancy of features (n, d) and (m, d), and (count,) of their pictures dealt out at random to n and m.
+
+    All of them from one matrix of the kernel: with a the indicator of the first set among both, its sums within and
+    between the sets are a' K a, a' K (1 - a) and (1 - a)' K (1 - a).
+    """
+    n, m = len(x), len(y)
+    pooled = torch.cat([x, y])
+    values = _kernel(pooled, pooled).fill_diagonal_(0)  # (n + m, n + m); no picture counts beside itself
+    rows = values.sum(1)
+
+    def discrepancies(first: Tensor) -> Tensor:
+        """(k,) of indicators (n + m, k)."""
+        reached = rows @ first  # within the first set and between the sets
+        within = (first * (values @ first)).sum(0)
+        between = reached - within
+        rest = rows.sum() - reached - between
+        return within / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * between / (n * m)
+
+    original = torch.zeros(n + m, 1, dtype=torch.float64)
+    original[:n] = 1
+    found = [discrepancies(original)]
+    for start in range(0, count, CHUNK):
+        keys = torch.rand(n + m, min(CHUNK, count - start), generator=generator, dtype=torch.float64)
+        found.append(discrepancies((keys <= keys.kthvalue(n, dim=0).values).double()))
+    distances = torch.cat(found)
+    return float(distances[0]), distances[1:]
 
 
 def _discrepancy(x: Tensor, y: Tensor) -> float:

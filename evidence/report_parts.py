@@ -88,7 +88,7 @@ def samples_sound(base: SampleHealth, after: SampleHealth, what: str) -> schema.
     return schema.Criterion(
         name="samples_sound",
         statement=f"Samples of the {what} are as finite, invertible and in range as those of the base model.",
-        threshold=rounded(base.finite_floor()),
+        threshold=rounded(base.finite_floor(after.n)),
         value=rounded(after.finite),
         met=after.as_good_as(base),
     )

@@ -268,7 +268,7 @@ class KidRow(Part):
     label: str
     value: Number = Field(description="squared maximum mean discrepancy; near 0: as they were; may be below 0")
     standard_error: Number
-    floor: Number = Field(description="halves of the base's own samples are no further apart, at 95 % over all classes")
+    floor: Number = Field(description="chance puts samples of one flow no further apart, at 95 % over all classes")
     within_noise: bool | None = Field(description="null: too few samples to tell")
     n_before: int
     n_after: int

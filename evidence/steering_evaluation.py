@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from evidence import likelihood
 from evidence.drift import Drift, SampleHealth, draw_samples, nll_drift, sample_health
 from evidence.errors import TargetError
-from evidence.fractions import CONFIDENCE, Fraction, count, judge
+from evidence.fractions import CONFIDENCE, Bound, Fraction, count, judge
 from evidence.kid import Extractor, kid_beside_floor, pca_extractor
 from evidence.likelihood import derive_seed, device_of
 from evidence.quantiles import Reference
@@ -25,7 +26,7 @@ from evidence.steering_records import (
     SteeringEvaluation,
 )
 from models.images import denoised, to_uint8
-from models.protocol import Flow
+from models.protocol import Flow, LabelledFlow
 
 __all__ = ["FractionBounds", "RelearnProbe", "SteeringEvaluation", "evaluate_steering", "sampled_images"]
 
@@ -60,7 +61,9 @@ def evaluate_steering(
     """Judge a steered flow by what it draws, on fresh latents (arXiv 2211.16488, Sec. 4.2, Fig. 4).
 
     The constraints are kept when the interval of every bounded fraction lies inside its bound. Both flows draw from
-    latents of their own, so that the distance of what they draw has no bias.
+    latents of their own, so that the distance of what they draw has no bias. Bounds `by_label` are held against the
+    classes that the samples were drawn of; the classifier's reading follows as a judge without bounds. A sample of
+    values that are not finite is counted, and fails flows that draw more of them than their base; judges see black.
 
     Args:
         base: the flow before.
@@ -74,12 +77,15 @@ def evaluate_steering(
         held_out: likewise, of images that nothing has seen.
         batch_size: images that pass through a flow at once.
         draws: noise draws an image for likelihoods.
-        extractor: features for the distance within each class; principal components of the base's samples if None.
+        extractor: features for the distance within each class; principal components of both flows' samples if None.
         kind: what was done: "attribute", "debias", "access removal" (the prior no longer draws the class, the weights
             still hold it) or "unlearning".
         relearn: what a re-training brought back, where it was tried.
         notes: sentences to be kept with the evaluation's own.
         on_progress: called with (step, total) after every batch.
+
+    Raises:
+        TargetError: nothing is asked, or by label of flows that do not tell what they draw.
     """
     if samples < 1 or not constraints:
         raise TargetError(f"there is nothing to judge in {samples} samples by {len(constraints)} classifiers")
@@ -89,23 +95,21 @@ def evaluate_steering(
     total += sum(2 * likelihood.batch_count(len(one), draws, batch_size) for one in images.values())
     steps = _Steps(on_progress, total)
 
-    def drawn(flow: Flow, which: str) -> tuple[Tensor, Tensor]:
+    def drawn(flow: Flow, which: str) -> _Samples:
         one = derive_seed(seed, "evaluation", "samples", which)
-        return sampled_images(flow, samples, n_bits=n_bits, seed=one, batch_size=batch_size, on_batch=steps.advance)
+        return _sampled(flow, samples, n_bits=n_bits, seed=one, batch_size=batch_size, on_batch=steps.advance)
 
-    (before, raw_before), (after, raw_after) = drawn(base, "base"), drawn(steered, "steered")
-    health = (
-        sample_health(base, raw_before, batch_size=batch_size),
-        sample_health(steered, raw_after, batch_size=batch_size),
-    )
-    judges = []
+    before, after = drawn(base, "base"), drawn(steered, "steered")
+    health = before.health(base, batch_size), after.health(steered, batch_size)
+    judges: list[JudgeEvaluation] = []
+    features = extractor or pca_extractor(torch.cat([before.pictures, after.pictures]))
     for constraint in constraints:
-        judges.append(_judged(constraint, before, after, confidence, extractor or pca_extractor(before), seed))
+        judges.extend(_judged(constraint, before, after, confidence, features, seed))
         steps.advance()
     changes = _likelihoods(base, steered, images, n_bits, draws, seed, batch_size, steps.advance)
     return SteeringEvaluation(
         kind=kind,
-        image_shape=(before.shape[1], before.shape[2], before.shape[3]),
+        image_shape=(before.pictures.shape[1], before.pictures.shape[2], before.pictures.shape[3]),
         n_bits=n_bits,
         samples=samples,
         confidence=confidence,
@@ -142,17 +146,53 @@ def sampled_images(
     Returns:
         The pictures (n, c, h, w) uint8, and the first HEALTH_SAMPLES as the flow drew them, float32.
     """
-    pictures, raw, device = [], [], device_of(flow)
+    found = _sampled(flow, n, n_bits=n_bits, seed=seed, batch_size=batch_size, on_batch=on_batch)
+    return found.pictures, found.raw
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Pictures (n, c, h, w) uint8, the first few as they were drawn, and the class that each was drawn of, if known."""
+
+    pictures: Tensor
+    raw: Tensor
+    labels: Tensor | None
+    finite: int
+    """Samples of finite values; the others are black pictures."""
+
+    def health(self, flow: Flow, batch_size: int) -> SampleHealth:
+        """How sound they are: whether all are finite, the rest by the first few."""
+        counted = self.finite, len(self.pictures)
+        return sample_health(flow, self.raw, batch_size=batch_size, finite_of=counted)
+
+
+def _sampled(
+    flow: Flow, n: int, *, n_bits: int, seed: int, batch_size: int, on_batch: Callable[[], None] | None
+) -> _Samples:
+    pictures, raw, labels, whole, device = [], [], [], 0, device_of(flow)
     for index, start in enumerate(range(0, n, batch_size)):
         size = min(batch_size, n - start)
-        # Cloned: a flow that denoises takes a gradient, which an inference tensor cannot carry.
-        x = draw_samples(flow, size, seed=derive_seed(seed, "batch", index), batch_size=size).clone()
+        x, drawn_of = _drawn(flow, size, derive_seed(seed, "batch", index))
         raw.append(x[: max(0, HEALTH_SAMPLES - start)])
+        labels += [] if drawn_of is None else [drawn_of]
         with torch.no_grad():
-            pictures.append(to_uint8(denoised(flow, x.to(device)).cpu(), n_bits))
+            clean = denoised(flow, x.to(device)).cpu()
+        whole += int((x.isfinite() & clean.isfinite()).flatten(1).all(1).sum())
+        pictures.append(to_uint8(clean, n_bits))
         if on_batch is not None:
             on_batch()
-    return torch.cat(pictures), torch.cat(raw)
+    return _Samples(torch.cat(pictures), torch.cat(raw), torch.cat(labels) if labels else None, whole)
+
+
+def _drawn(flow: Flow, n: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """What `draw_samples` draws in one batch; of a flow that knows it, also the class of each, (n,) int64."""
+    if isinstance(flow, LabelledFlow):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "samples", 0))
+        with torch.no_grad():
+            x, labels = flow.sample_with_labels(n, generator=generator)
+        return x.cpu(), labels.cpu()
+    # Cloned: a flow that denoises takes a gradient, which an inference tensor cannot carry.
+    return draw_samples(flow, n, seed=seed, batch_size=n).clone(), None
 
 
 class _Steps:
@@ -170,30 +210,43 @@ class _Steps:
 
 
 def _judged(
-    constraint: FractionBounds, before: Tensor, after: Tensor, confidence: float, extractor: Extractor, seed: int
-) -> JudgeEvaluation:
-    classifier, bounds = constraint.classifier, constraint.bounds
-    labels = classifier(before), classifier(after)
-    fractions = [count(one, classifier.classes, confidence=confidence) for one in labels]
-    changes = []
-    for label, name in enumerate(classifier.classes):
-        shown = before[labels[0] == label], after[labels[1] == label]
-        distance = kid_beside_floor(
-            *shown,
-            extractor,
-            seed=derive_seed(seed, "kid", classifier.name, name),
-            comparisons=len(classifier.classes),
+    constraint: FractionBounds, before: _Samples, after: _Samples, confidence: float, extractor: Extractor, seed: int
+) -> list[JudgeEvaluation]:
+    """What the classifier reads; before it, where bounds are by label, how often each class was drawn."""
+    classifier = constraint.classifier
+
+    def counted(
+        name: str, labels: tuple[Tensor, Tensor], bounds: Mapping[str, Bound], *, drawn: bool = False
+    ) -> JudgeEvaluation:
+        fractions = [count(one, classifier.classes, confidence=confidence) for one in labels]
+        changes = []
+        for label, one in enumerate(classifier.classes):
+            distance = kid_beside_floor(
+                before.pictures[labels[0] == label],
+                after.pictures[labels[1] == label],
+                extractor,
+                seed=derive_seed(seed, "kid", name, one),
+                comparisons=len(classifier.classes),
+            )
+            bound = bounds.get(one)
+            told = None if bound is None else judge(fractions[1], {one: bound})
+            changes.append(ClassChange(one, fractions[0][one], fractions[1][one], bound, told, distance))
+        accuracy = None if drawn else getattr(classifier, "accuracy", None)
+        return JudgeEvaluation(
+            name=name,
+            changes=tuple(changes),
+            judgement=judge(fractions[1], bounds),
+            accuracy=accuracy if isinstance(accuracy, Fraction) else None,
+            drawn=drawn,
         )
-        bound = bounds.get(name)
-        told = None if bound is None else judge(fractions[1], {name: bound})
-        changes.append(ClassChange(name, fractions[0][name], fractions[1][name], bound, told, distance))
-    accuracy = getattr(classifier, "accuracy", None)
-    return JudgeEvaluation(
-        name=classifier.name,
-        changes=tuple(changes),
-        judgement=judge(fractions[1], bounds),
-        accuracy=accuracy if isinstance(accuracy, Fraction) else None,
-    )
+
+    read = classifier(before.pictures), classifier(after.pictures)
+    if not constraint.by_label:
+        return [counted(classifier.name, read, constraint.bounds)]
+    if before.labels is None or after.labels is None:
+        raise TargetError(f"bounds by label are on flows that tell what they draw; {classifier.name} has to read these")
+    drawn = counted(f"drawn {classifier.name}", (before.labels, after.labels), constraint.bounds, drawn=True)
+    return [drawn, counted(classifier.name, read, {})]
 
 
 def _likelihoods(
@@ -247,8 +300,15 @@ def _notes(judges: Sequence[JudgeEvaluation], health: tuple[SampleHealth, Sample
         moved = [change.name for change in one.changes if change.kid.within_noise is False]
         if moved:
             notes.append(
-                f"{one.name}: samples of {', '.join(moved)} differ from the base's by more than halves of the base's "
-                "own differ."
+                f"{one.name}: samples of {', '.join(moved)} differ from the base's by more than chance makes two sets "
+                "of the same pictures differ."
+            )
+    for which, found in zip(("base", "steered"), health, strict=True):
+        broken = round((1 - found.finite) * found.n)
+        if broken:
+            notes.append(
+                f"{broken:,} of {found.n:,} samples of the {which} flow hold values that are no numbers; judges saw "
+                "black pictures in their place."
             )
     if not health[0].sound:
         error = finite(health[0].round_trip_error or 0.0)

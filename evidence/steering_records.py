@@ -33,11 +33,14 @@ class FractionBounds:
         classifier: the judge.
         low: least fraction, by class; classes left out have none.
         high: largest fraction, by class, likewise.
+        by_label: whether the bounds are on the classes that samples were drawn of, which a `LabelledFlow` knows by
+            their place among the classifier's. What that says of the same samples is told too, and decides nothing.
     """
 
     classifier: Classifier
     low: Mapping[str, float] = field(default_factory=dict)
     high: Mapping[str, float] = field(default_factory=dict)
+    by_label: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted({*self.low, *self.high} - set(self.classifier.classes))
@@ -60,7 +63,9 @@ class FractionBounds:
         return cls(classifier, low=fractions)
 
     @classmethod
-    def distribution(cls, classifier: Classifier, target: Mapping[str, float], tolerance: float) -> FractionBounds:
+    def distribution(
+        cls, classifier: Classifier, target: Mapping[str, float], tolerance: float, *, by_label: bool = False
+    ) -> FractionBounds:
         """Every class within target +- tolerance; a class that the target leaves out is wanted at 0.
 
         Raises:
@@ -71,7 +76,8 @@ class FractionBounds:
         if not abs(total - 1) <= SUM_TOLERANCE:
             raise TargetError(f"a target distribution sums to 1; this one sums to {total:.6g}")
         bounds = {name: Bound.around(target.get(name, 0.0), tolerance) for name in (*classifier.classes, *target)}
-        return cls(classifier, {k: one.low for k, one in bounds.items()}, {k: one.high for k, one in bounds.items()})
+        low, high = {k: one.low for k, one in bounds.items()}, {k: one.high for k, one in bounds.items()}
+        return cls(classifier, low, high, by_label)
 
     @property
     def bounds(self) -> dict[str, Bound]:
@@ -104,19 +110,21 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class JudgeEvaluation:
-    """What one classifier counted.
+    """What one classifier counted, or what was counted without one.
 
     Attributes:
         name: of the classifier.
         changes: one for each of its classes.
-        judgement: over all classes with a bound.
+        judgement: over all classes with a bound; "inside" where it bounds none and only tells what it reads.
         accuracy: of a classifier that was trained for the job, on images it had not seen; None where it is not known.
+        drawn: whether nothing was read: these are the classes that the samples were drawn of.
     """
 
     name: str
     changes: tuple[ClassChange, ...]
     judgement: Judgement
     accuracy: Fraction | None
+    drawn: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +167,8 @@ class RelearnProbe:
 class SteeringEvaluation:
     """What steering did to a flow's samples, as measured; `evidence.steering_report` turns it into a document.
 
-    Fractions are what classifiers tell: their errors are in them, and no interval covers those. A fraction of 0 does
+    Fractions are what classifiers tell: their errors are in them, and no interval covers those; but for judges that are
+    `drawn`, which count what the flow itself drew. A fraction of 0 does
     not say that the class cannot be drawn, only how rarely; nor that re-training would not bring it back.
 
     Attributes:
@@ -169,7 +178,7 @@ class SteeringEvaluation:
         samples: drawn of each flow, from latents of their own.
         confidence: of each classifier's intervals together.
         seed: all noise and samples derive from it.
-        judges: one for each constraint.
+        judges: one for each constraint; where its bounds are by label, what was drawn goes before what was read.
         remember: likelihoods of images to remember; None where none were given.
         held_out: of images that nothing has seen, likewise.
         health_base: of the base flow's samples.

@@ -84,7 +84,7 @@ def build_steering_report(
         fractions=tuple(_row(judge, one, evaluation) for judge in evaluation.judges for one in judge.changes),
         curves=_curves(evaluation, run, history, history_samples),
         kid=tuple(_kid(judge, one) for judge in evaluation.judges for one in judge.changes),
-        judges=tuple(_judge(one) for one in evaluation.judges),
+        judges=tuple(_judge(one) for one in evaluation.judges if not one.drawn),
         likelihoods=_likelihoods(evaluation),
         health_before=health(evaluation.health_base),
         health_after=health(evaluation.health_steered),
@@ -104,8 +104,7 @@ def _criteria(evaluation: SteeringEvaluation) -> tuple[Criterion, ...]:
     asked = [
         Criterion(
             name=f"{judge.name}/{one.name}",
-            statement=f"The interval of the fraction of samples that {judge.name} takes for {one.name} lies "
-            f"{_wanted(one)}.",
+            statement=f"The interval of the fraction of samples {_shown(judge, one)} lies {_wanted(one)}.",
             threshold=rounded(_nearer(one)),
             value=rounded(one.after.value),
             met=one.judgement.told == "inside",
@@ -115,6 +114,10 @@ def _criteria(evaluation: SteeringEvaluation) -> tuple[Criterion, ...]:
         if one.judgement is not None
     ]
     return *asked, samples_sound(evaluation.health_base, evaluation.health_steered, "steered flow")
+
+
+def _shown(judge: JudgeEvaluation, one: ClassChange) -> str:
+    return f"that were drawn of class {one.name}" if judge.drawn else f"that {judge.name} takes for {one.name}"
 
 
 def _wanted(one: ClassChange) -> str:

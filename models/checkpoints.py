@@ -163,6 +163,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.
     if tensor_digest(tensors) != manifest.tensor_digest:
         raise DigestError("the tensors are not those of the manifest: the file was altered; convert or upload it again")
     aligned = {name: value.clone() for name, value in tensors.items()}  # equal bits come from equally aligned memory
+    aligned = {**later_state(model), **aligned}
     model.load_state_dict(aligned, assign=True)
     return model.requires_grad_(True).to(device).eval()
 
@@ -309,9 +310,17 @@ def _quoted(value: object) -> str:
     return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
+def later_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's tensors hold that older files lack: its own `later_state()`; none where it has no such method."""
+    own = getattr(model, "later_state", None)
+    return own() if callable(own) else {}
+
+
 def _check_names(header: Header, model: nn.Module) -> None:
     expected = {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
-    check_shapes({name: (DTYPES[dtype], shape) for name, (dtype, shape) in header.tensors.items()}, expected)
+    found = {name: expected[name] for name in later_state(model)}
+    found.update({name: (DTYPES[dtype], shape) for name, (dtype, shape) in header.tensors.items()})
+    check_shapes(found, expected)
 
 
 def check_shapes(

@@ -22,7 +22,6 @@ OUTPUT_LIMIT = 3.0
 """Largest log-scale and shift of a token that a block's net may give, either way."""
 MEAN_STD = 1.0
 """Standard deviation of the priors' means at the start: classes that start nearer to each other get mixed."""
-
 LEAST_SD = 1e-3
 """Least deviation of a prior that is fitted in closed form."""
 
@@ -102,7 +101,7 @@ class ClassPriorFlow(TarFlow):
         """log p(z), or log p(z | label), of latents (b, tokens, values): (b,) nats."""
         labels = self.labels(label, len(z))
         if labels is not None and bool((labels != NO_LABEL).all()):
-            return _log_normal(z, self.prior_mean[labels], self.prior_log_sd[labels])
+            return log_normal(z, self.prior_mean[labels], self.prior_log_sd[labels])
         each = self._each_class(z)  # (b, k)
         mixed = torch.logsumexp(each + self.class_weights.log(), dim=1)
         if labels is None:
@@ -164,6 +163,23 @@ class ClassPriorFlow(TarFlow):
             label: one class for all or one an image, -1 for a drawn one; null: all are drawn.
             guidance: by the temperature of attention alone, since the blocks know no class; see `TarFlow.sample`.
         """
+        x, _ = self.sample_with_labels(n, generator=generator, temperature=temperature, label=label, guidance=guidance)
+        return x
+
+    @torch.no_grad()
+    def sample_with_labels(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        label: Label = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `sample` draws, (n, c, h, w), and the class that each image was drawn of, int64 (n,): known, not read.
+
+        The arguments, and the draws of a generator, are those of `sample`.
+        """
         noise = torch.randn((n, *self.latent_shape), generator=generator, device=generator.device)
         labels = self.labels(label, n)
         if labels is None or bool((labels == NO_LABEL).any()):
@@ -171,7 +187,8 @@ class ClassPriorFlow(TarFlow):
             labels = drawn if labels is None else torch.where(labels == NO_LABEL, drawn, labels)
         sd = self.prior_log_sd[labels].exp() * temperature
         z = self.prior_mean[labels] + sd * noise.to(self.var)  # (n, tokens, values)
-        return torch.cat([sequential(self, part, guidance=guidance).images for part in torch.split(z, SAMPLE_BATCH)])
+        x = torch.cat([sequential(self, part, guidance=guidance).images for part in torch.split(z, SAMPLE_BATCH)])
+        return x, labels
 
     def labels(self, label: Label, n: int) -> Tensor | None:
         """A label for each of n images on the flow's device, (n,), or null for none.
@@ -240,7 +257,7 @@ class ClassPriorFlow(TarFlow):
         nowhere = z.new_full((len(z),), -math.inf)
         return torch.stack(
             [
-                _log_normal(z, self.prior_mean[c], self.prior_log_sd[c]) if c in there else nowhere
+                log_normal(z, self.prior_mean[c], self.prior_log_sd[c]) if c in there else nowhere
                 for c in range(self.n_classes)
             ],
             dim=1,
@@ -287,7 +304,7 @@ class HybridObjective(nn.Module):
         return self.flow.sample(n, generator=generator, temperature=temperature)
 
 
-def _log_normal(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    """log N(z; mean, exp(log_sd)^2) of latents (b, tokens, values): (b,) nats."""
+def log_normal(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """log N(z; mean, exp(log_sd)^2) of latents (b, tokens, values), by one prior or one each: (b,) nats."""
     eps = (z - mean) * torch.exp(-log_sd)
     return -(0.5 * eps.square() + log_sd + 0.5 * math.log(2 * math.pi)).expand_as(z).sum(dim=(1, 2))

@@ -40,6 +40,17 @@ class Flow(Density, Protocol):
 
 
 @runtime_checkable
+class LabelledFlow(Flow, Protocol):
+    """A flow that draws a class first, and then an image of it, so that the class of each sample is known."""
+
+    def sample_with_labels(
+        self, n: int, *, generator: torch.Generator, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What `sample` draws, (n, c, h, w), and the class that each image was drawn of, int64 (n,)."""
+        ...
+
+
+@runtime_checkable
 class SplitFlow(Flow, Protocol):
     """A flow that can be cut into a frozen prefix and a tuned suffix, so that the prefix is evaluated once.
 

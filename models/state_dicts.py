@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.checkpoints import Manifest, build, check_shapes
+from models.checkpoints import Manifest, build, check_shapes, later_state
 from models.errors import NonFiniteError, TensorMismatchError
 
 PREFIX = "module."
@@ -49,7 +49,7 @@ def filled(manifest: Manifest, state: Mapping[str, Tensor]) -> nn.Module:
     """
     model = build(manifest)
     expected = {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
-    plain: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = later_state(model)
     for name, value in state.items():
         if name in expected and value.is_floating_point():
             value = value.to(expected[name][0])

@@ -60,6 +60,8 @@ class TarFlow(nn.Module):
 
     family: ClassVar[str] = "tarflow"
     var: Tensor
+    removed_classes: Tensor | None
+    """Whether each class was taken away, bool (k,); null where the blocks know no classes."""
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class TarFlow(nn.Module):
         self.latent_shape: tuple[int, int] = (height * across // patch_size**2, channels * patch_size**2)
         tokens, size = self.latent_shape
         self.register_buffer("var", torch.ones(tokens, size))
+        self.register_buffer("removed_classes", torch.zeros(n_classes, dtype=torch.bool) if n_classes else None)
         self.blocks = nn.ModuleList(
             Block(
                 tokens, size, width=width, head_width=head_width, n_layer=n_layer, n_classes=n_classes,
@@ -168,6 +171,20 @@ class TarFlow(nn.Module):
     def suffix_parameters(self) -> list[nn.Parameter]:
         """The block nearest the prior, whose every input has seen the whole image; empty for a flow of one block."""
         return list(self.blocks[-1].parameters()) if len(self.blocks) > 1 else []
+
+    def classes(self) -> list[int]:
+        """The classes that the flow still has: a removed one's label is read as the mean of these, like no label."""
+        if self.removed_classes is None:
+            return []
+        return [label for label, removed in enumerate(self.removed_classes.tolist()) if not removed]
+
+    def later_state(self) -> dict[str, Tensor]:
+        """What tensors hold that files do not have which are older than these, or published: see `models.checkpoints`.
+
+        No class of such a file was taken away.
+        """
+        known = self.removed_classes is not None
+        return {"removed_classes": torch.zeros(self.n_classes, dtype=torch.bool)} if known else {}
 
     def chain(self) -> list[Block]:
         """The blocks, from the image to the prior."""

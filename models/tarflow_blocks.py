@@ -173,4 +173,4 @@ class Block(nn.Module):
 
 def _as_tensor(value: Any) -> Tensor:
     """Modules are untyped callables; this gives their one output its type."""
-    return value  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]  # a layer's output, which is a tensor

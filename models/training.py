@@ -159,7 +159,7 @@ class Training:
             group["lr"] = recipe.learning_rate * min(1.0, (self.steps + 1) / recipe.warmup) * decay
         loss = self._loss()
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), recipe.clip)
         self.steps += 1
         if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):

@@ -147,7 +147,7 @@ class Classifier(Base):
     name: Mapped[str]
     classes: Mapped[list[str]] = mapped_column(JSONB)  # names, in the order of the output
     output: Mapped[str]  # what a row of the output is: logits, probabilities, or one score
-    threshold: Mapped[float]  # of a score: above it lies the second class
+    threshold: Mapped[float]  # of a score or a probability: from it on lies the second class
     scale: Mapped[Json | None]  # {"mean": [...], "std": [...]} of pixels in [0, 1]; null: those pixels as they are
     channels: Mapped[int | None]  # of its images; null: any
     size: Mapped[int | None]  # side of its images in pixels; null: any

@@ -25,6 +25,8 @@ ROOM = 0.75
 """Share of the way from aim to bound that interval and chance may fill: the rest is for the flow's own error."""
 ONE_SIDED = 0.02
 """How far inside a single bound the aim lies, at most; half of what the bound leaves, where that is less."""
+MOST_SAMPLES = 2**19
+"""Samples that bounds may ask for; twice what 1 point of tolerance among 100 classes takes at 99.99 % confidence."""
 FEWEST = 5
 """Samples of a class that the base must show before it can be asked for more of it."""
 ROUNDS = 500
@@ -164,16 +166,28 @@ def comparisons(classes: int) -> int:
 
 
 def samples_needed(constraints: Sequence[Constraint], confidence: float) -> int:
-    """Samples with which a flow that is at its aim, or off it by a quarter of the room, has its intervals inside."""
-    needed = [100.0]
+    """Samples with which a flow that is at its aim, or off it by a quarter of the room, has its intervals inside.
+
+    Raises:
+        ParameterError: some bounds would take more than MOST_SAMPLES.
+    """
+    most = 100
     for constraint in constraints:
         z = _normal_quantile(1 - (1 - confidence) / comparisons(len(constraint.classes)) / 2)
-        for low, high in constraint.bounds.values():
+        for name, (low, high) in constraint.bounds.items():
             if (low, high) == (0.0, 1.0):
                 continue
             p, room = _aim_and_room(low, high)
-            needed.append(((z + POWER) / (ROOM * room)) ** 2 * p * (1 - p))
-    return math.ceil(max(needed))
+            needed = math.ceil(((z + POWER) / (ROOM * room)) ** 2 * p * (1 - p))
+            if needed > MOST_SAMPLES:
+                raise ParameterError(
+                    name,
+                    f"insufficient evidence: to show that it is within {low:g} to {high:g} takes {needed:,} samples, "
+                    f"and {MOST_SAMPLES:,} are the most that bounds may ask for; widen them, ask for less confidence, "
+                    "or set the parameter samples",
+                )
+            most = max(most, needed)
+    return most
 
 
 def aims(constraints: Sequence[Constraint], labels: Sequence[Tensor]) -> list[Tensor]:

@@ -29,7 +29,7 @@ class SteeringParameters:
     """Steps between looks at fresh samples; [1, 10000]."""
     probe: int = 500
     """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
-    gain: float = 0.6
+    gain: float = 1.0
     """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]. Measured."""
     boost: float = 0.0
     """How many times the error of the latest fractions, in logarithms, is added to the weights: it hurries a run on

@@ -30,6 +30,7 @@ from services.leases import Claim
 from services.settings import Settings
 from services.storage import ObjectStorage, StoredObject
 from services.tenancy import Caller, NewKey
+from tests.api.answers import HALVES
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS_WITHIN_SECONDS = 20.0
@@ -294,6 +295,43 @@ def new_classifier(database: Database, storage: ObjectStorage, caller: Caller) -
 def body(ready_checkpoint: Callable[..., str], caller: Caller, image_set: str) -> dict[str, Any]:
     """A good body of ``POST /jobs/forget``."""
     return {"checkpoint": ready_checkpoint(caller), "target": {"images": image_set}}
+
+
+@pytest.fixture
+def checkpoint(ready_checkpoint: Callable[..., str], caller: Caller) -> str:
+    """A Glow of grey images of 8 x 8."""
+    return ready_checkpoint(caller, image_size=8, channels=1, architecture={})
+
+
+@pytest.fixture
+def of_classes(ready_checkpoint: Callable[..., str], caller: Caller) -> str:
+    """A class-prior flow of three classes."""
+    return ready_checkpoint(caller, "class-prior", image_size=8, channels=1, architecture={"n_classes": 3})
+
+
+@pytest.fixture
+def debias(client: httpx.Client, checkpoint: str, new_classifier: Callable[..., str]) -> Callable[..., httpx.Response]:
+    """Posts a good body of ``POST /jobs/debias`` with changes."""
+    good = {
+        "checkpoint": checkpoint,
+        "attribute": {"classifier": new_classifier(channels=1, size=8)},
+        "target_distribution": HALVES,
+    }
+
+    def post(headers: dict[str, str] | None = None, **changes: Any) -> httpx.Response:
+        return client.post("/jobs/debias", json=good | changes, headers=headers)
+
+    return post
+
+
+@pytest.fixture
+def forget(client: httpx.Client, checkpoint: str) -> Callable[..., httpx.Response]:
+    """Posts a body of ``POST /jobs/forget`` with this target."""
+
+    def post(target: dict[str, Any], **changes: Any) -> httpx.Response:
+        return client.post("/jobs/forget", json={"checkpoint": checkpoint, "target": target} | changes)
+
+    return post
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def checkpoint(client: Client, material: Material) -> Checkpoint:
 def _forget(client: Client, checkpoint: Checkpoint, material: Material, **options: object) -> Job:
     target = client.push_images(material.person[:5])
     others = client.push_images(material.others)
-    return client.forget(checkpoint.id, target.id, remember=others.id, seed=SEED, **options)  # type: ignore[arg-type]
+    return client.forget(checkpoint.id, target.id, remember=others.id, seed=SEED, **options)  # type: ignore[arg-type]  # options of many types
 
 
 def _lease_over(service: LocalService, job: Job) -> bool:

@@ -73,10 +73,11 @@ def test_an_unsound_base_does_not_fail_what_is_as_sound_as_it_is():
     assert (base.sound, equal.as_good_as(base), worse.as_good_as(base)) == (False, True, False)
 
 
+@pytest.mark.parametrize("n", [HEALTH_SAMPLES, 2000])
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.015, 0.03])
-def test_a_model_that_is_as_sound_as_its_base_hardly_ever_fails_by_chance(share):
-    broken = np.random.default_rng(0).binomial(HEALTH_SAMPLES, share, (2000, 2))
-    pairs = [[SampleHealth(HEALTH_SAMPLES, 1 - k / HEALTH_SAMPLES, 0.99, 1e-6) for k in row] for row in broken]
+def test_a_model_that_is_as_sound_as_its_base_hardly_ever_fails_by_chance(share, n):
+    broken = np.random.default_rng(0).binomial(n, share, (2000, 2))
+    pairs = [[SampleHealth(n, 1 - k / n, 0.99, 1e-6) for k in row] for row in broken]
 
     failed = np.mean([not tamed.as_good_as(base) for base, tamed in pairs])
 
@@ -87,6 +88,19 @@ def test_a_tenth_of_broken_samples_fails_against_a_sound_base():
     base, tamed = SampleHealth(64, 1.0, 0.99, 1e-6), SampleHealth(64, 58 / 64, 0.99, 1e-6)
 
     assert not tamed.as_good_as(base)
+
+
+def test_a_hundredth_of_broken_samples_fails_where_many_were_drawn():
+    base = SampleHealth(2000, 1.0, 0.99, 1e-6)
+
+    assert not SampleHealth(2000, 0.99, 0.99, 1e-6).as_good_as(base)
+    assert SampleHealth(64, 63 / 64, 0.99, 1e-6).as_good_as(base)  # one of 64 says little
+
+
+def test_a_flow_that_draws_no_picture_at_all_is_as_good_as_none():
+    nothing = SampleHealth(64, 0.0, 0.0, None)
+
+    assert not nothing.as_good_as(nothing)
 
 
 def test_a_flow_without_an_inverse_has_no_round_trip(images):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evidence.kid import Extractor, _discrepancy, kid, kid_beside_floor, pca_extractor
+from evidence.kid import RANK, Extractor, _discrepancy, _shuffled, kid, kid_beside_floor, pca_extractor
 
 
 def normal(n, d=3, mean=0.0, seed=0):
@@ -19,6 +19,9 @@ def pictures(n, seed, contrast=40.0):
 
 
 FLAT = Extractor("pixels", lambda images: images.flatten(1).double() / 64 - 2)
+
+
+BARE = Extractor("as given", lambda features: features)
 
 
 def naive(x, y):
@@ -75,12 +78,66 @@ def test_the_same_seed_gives_the_same_value():
     assert kid(x, y, seed=3) == kid(x, y, seed=3) != kid(x, y, seed=4)
 
 
-def test_pictures_of_one_source_lie_within_the_noise():
+def test_all_shufflings_come_from_one_kernel():
+    x, y = normal(9, seed=1), normal(6, mean=0.5, seed=2)
+    pooled = torch.cat([x, y])
+
+    value, shuffled = _shuffled(x, y, 40, torch.Generator().manual_seed(3))
+
+    keys = torch.rand(15, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    dealt = [keys[:, k].argsort() for k in range(40)]
+    assert value == pytest.approx(naive(x, y), rel=1e-9)
+    assert shuffled.tolist() == pytest.approx([naive(pooled[one[:9]], pooled[one[9:]]) for one in dealt], rel=1e-9)
+
+
+def test_of_ten_equal_distributions_one_is_told_apart_in_one_of_twenty_groups():
+    groups, apart = 60, 0
+    for group in range(groups):
+        told = [
+            kid_beside_floor(
+                normal(40, seed=1000 * group + k), normal(33, seed=1000 * group + 500 + k), BARE, seed=k, comparisons=10
+            ).within_noise
+            for k in range(10)
+        ]
+        apart += not all(told)
+
+    # At 5 % more than 8 of 60 come in 1 of 300 runs; a floor for one distance alone would tell 24 of 60 apart.
+    assert apart <= 8
+
+
+def test_the_place_of_the_value_among_the_shufflings_is_uniform_under_equal_distributions():
+    places = []
+    for i in range(400):
+        value, shuffled = _shuffled(
+            normal(20, seed=2 * i), normal(35, seed=2 * i + 1), 99, torch.Generator().manual_seed(i)
+        )
+        places.append(int((shuffled >= value).sum()) + 1)
+
+    counts = np.histogram(places, bins=np.arange(0.5, 101, 20))[0]
+    assert len(counts) == 5
+    assert np.abs(counts - 80).max() < 4 * 8  # binomial: 400 in fifths, deviation 8
+    assert np.mean(np.array(places) <= RANK) == pytest.approx(0.05, abs=4 * 0.011)
+
+
+@pytest.mark.parametrize(("n", "shift", "least"), [(150, 0.3, 19), (600, 0.15, 19)])
+def test_a_shift_is_told_from_noise_among_ten(n, shift, least):
     told = [
-        kid_beside_floor(pictures(128, 2 * i), pictures(128, 2 * i + 1), FLAT, seed=i).within_noise for i in range(40)
+        kid_beside_floor(
+            normal(n, d=8, seed=i), normal(n, d=8, mean=shift, seed=100 + i), BARE, seed=i, comparisons=10
+        ).within_noise
+        for i in range(20)
     ]
 
-    assert sum(told) >= 36
+    assert told.count(False) >= least
+
+
+def test_more_comparisons_raise_the_floor():
+    floors = [
+        kid_beside_floor(normal(60, seed=1), normal(60, seed=2), BARE, seed=3, comparisons=k).floor for k in (1, 10, 50)
+    ]
+
+    assert floors == sorted(floors)
+    assert floors[0] > 0
 
 
 def test_pictures_of_another_source_do_not():

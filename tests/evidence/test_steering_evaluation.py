@@ -56,6 +56,19 @@ class Broken(TwoShades):
         return x
 
 
+class BrokenLater(TwoShades):
+    """Draws a first batch of pictures, and one in four of no numbers from then on."""
+
+    drawn = 0
+
+    def sample(self, n: int, *, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        x = super().sample(n, generator=generator, temperature=temperature)
+        if self.drawn:
+            x[::4] = math.nan
+        self.drawn += n
+        return x
+
+
 class Noisy(TwoShades):
     """Draws pictures with so much noise that only what denoises them tells their shade."""
 
@@ -66,6 +79,23 @@ class Noisy(TwoShades):
             leaf = y.requires_grad_(True)
             (slope,) = torch.autograd.grad(leaf.square().sum(), leaf)  # a gradient, as Tweedie's formula takes one
         return slope / 4 - 0.3
+
+
+class Labelled(TwoShades):
+    """Tells which shade it drew."""
+
+    def sample_with_labels(
+        self, n: int, *, generator: torch.Generator, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        x = self.sample(n, generator=generator, temperature=temperature)
+        return x, (x.flatten(1).mean(1) > self.shift).long()
+
+
+class Colourblind(Shade):
+    """Takes each light picture for a dark one."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), dtype=torch.int64)
 
 
 def evaluate(before=0.5, after=0.1, *, samples=600, constraint=None, steered=None, **options):
@@ -112,6 +142,35 @@ def test_a_distribution_is_kept_within_its_tolerance():
 
     assert evaluate(after=0.3, samples=1500, constraint=target).told == "inside"
     assert evaluate(after=0.45, samples=1500, constraint=target).told == "outside"
+
+
+def test_bounds_by_label_count_what_was_drawn_and_leave_the_reading_beside_it():
+    target = FractionBounds.distribution(Colourblind(), {"dark": 0.7, "light": 0.3}, 0.06, by_label=True)
+
+    found = evaluate_steering(Labelled(0.5), Labelled(0.3), [target], n_bits=8, samples=1500, seed=8)
+
+    drawn, read = found.judges
+    assert (drawn.name, read.name) == ("drawn shade", "shade")
+    assert (drawn.drawn, read.drawn) == (True, False)
+    assert drawn.changes[1].after.low <= 0.3 <= drawn.changes[1].after.high
+    assert [one.judgement.told for one in drawn.changes] == ["inside", "inside"]
+    assert [(one.after.value, one.judgement) for one in read.changes] == [(1.0, None), (0.0, None)]
+    assert found.outcome == "succeeded"
+
+
+def test_bounds_by_label_are_missed_by_what_was_drawn_whatever_is_read():
+    target = FractionBounds.distribution(Colourblind(), {"dark": 1.0, "light": 0.0}, 0.06, by_label=True)
+
+    found = evaluate_steering(Labelled(0.5), Labelled(0.3), [target], n_bits=8, samples=600, seed=8)
+
+    assert (found.told, found.outcome) == ("outside", "criteria_not_met")
+
+
+def test_flows_that_do_not_tell_what_they_draw_have_no_bounds_by_label():
+    target = FractionBounds.distribution(Shade(), {"dark": 0.7, "light": 0.3}, 0.06, by_label=True)
+
+    with pytest.raises(TargetError, match="flows that tell what they draw; shade has to read these"):
+        evaluate(constraint=target)
 
 
 def test_samples_of_a_class_look_as_they_did(lowered):
@@ -162,6 +221,25 @@ def test_broken_samples_fail_whatever_they_are_taken_for():
     assert broken.told == "inside"
     assert not broken.healthy
     assert broken.outcome == "criteria_not_met"
+
+
+def test_broken_samples_behind_the_first_few_are_counted_too():
+    late = evaluate(steered=BrokenLater(0.1), batch_size=64)
+
+    assert (late.health_steered.n, late.health_steered.finite) == (600, 1 - 134 / 600)  # one in four, after 64
+    assert (late.told, late.outcome) == ("inside", "criteria_not_met")
+    assert any("134 of 600 samples of the steered flow" in note for note in late.notes)
+
+
+def test_a_flow_of_no_numbers_at_all_fails_against_a_base_like_it():
+    with torch.no_grad():
+        flow = TwoShades(0.1, shift=math.nan)
+
+    found = evaluate_steering(
+        flow, flow, [FractionBounds.at_most(Shade(), {"light": 0.15})], n_bits=8, samples=200, seed=1
+    )
+
+    assert (found.health_steered.finite, found.outcome) == (0, "criteria_not_met")
 
 
 def test_what_a_noisy_flow_draws_is_denoised():

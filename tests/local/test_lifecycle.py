@@ -166,7 +166,7 @@ def test_servers_end_when_their_guardians_are_killed(stack: LocalStack) -> None:
     identities = _identities(stack.pids)
 
     for identity in identities:
-        psutil.Process(identity.pid).parent().kill()  # type: ignore[union-attr]
+        psutil.Process(identity.pid).parent().kill()  # type: ignore[union-attr]  # a living process has a parent
 
     wait_until(lambda: not any(identity.alive() for identity in identities))
 

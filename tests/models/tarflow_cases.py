@@ -14,7 +14,7 @@ SHAPE = (1, 8, 8)
 def small(scale: float = 0.06, **architecture: object) -> TarFlow:
     """A flow of 16 tokens of 4 values, each of its parameters moved at random."""
     sizes = {"patch_size": 2, "width": 16, "head_width": 8, "n_block": 3, "n_layer": 2, "noise_std": 0.05}
-    flow = TarFlow(SHAPE, 8, generator=generator(), **(sizes | architecture))  # type: ignore[arg-type]
+    flow = TarFlow(SHAPE, 8, generator=generator(), **(sizes | architecture))  # type: ignore[arg-type]  # mixed values
     moved = perturbed(flow, scale=scale)
     assert isinstance(moved, TarFlow)
     return moved.eval()

@@ -109,7 +109,7 @@ def rewritten(
     save_checkpoint(path, FLOWS["affine-lu"]())
     with safe_open(path, framework="pt") as file:
         fields = json.loads(file.metadata()[METADATA_KEY])
-        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
     if manifest is not None:
         manifest(fields)
     if tensors is not None:

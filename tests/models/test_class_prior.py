@@ -13,7 +13,8 @@ from models.checkpoints import load_flow, save_checkpoint
 from models.class_prior import ClassPriorFlow, HybridObjective
 from models.errors import ArchitectureError
 from models.images import denoised
-from models.protocol import NoisyFlow, SplitFlow
+from models.protocol import LabelledFlow, NoisyFlow, SplitFlow
+from models.tarflow import TarFlow
 from models.training import TransformerRecipe, fit_flow
 from tests.models.flow_table import generator, images, perturbed
 
@@ -25,7 +26,7 @@ def made(**architecture: int | float) -> ClassPriorFlow:
     """A tiny flow of three classes of unequal weights, no part of it the identity."""
     sizes = {"patch_size": 2, "width": 16, "n_block": 2, "n_layer": 1, **architecture}
     flow: ClassPriorFlow = perturbed(
-        ClassPriorFlow((1, 4, 4), 8, n_classes=CLASSES, generator=generator(), **sizes),  # type: ignore[arg-type]
+        ClassPriorFlow((1, 4, 4), 8, n_classes=CLASSES, generator=generator(), **sizes),  # type: ignore[arg-type]  # mixed values
         scale=0.05,
     )
     flow.reweight(WEIGHTS)
@@ -161,14 +162,32 @@ def test_classes_are_drawn_by_their_weights() -> None:
     assert shares.tolist() == pytest.approx(WEIGHTS.tolist(), abs=0.06)  # four standard errors, and some overlap
 
 
-def test_a_drawn_sample_is_the_one_that_asking_for_its_class_gives() -> None:
+def test_a_drawn_sample_is_the_one_that_asking_for_the_class_it_is_told_to_be_of_gives() -> None:
     flow = made()
 
-    drawn = flow.sample(12, generator=generator())
+    drawn, label = flow.sample_with_labels(12, generator=generator())
     asked = [flow.sample(12, generator=generator(), label=c) for c in range(CLASSES)]
 
+    assert set(label.tolist()) == set(range(CLASSES))
     for row in range(12):
-        assert sum(torch.equal(drawn[row], of_class[row]) for of_class in asked) == 1
+        assert [torch.equal(drawn[row], of_class[row]) for of_class in asked].index(True) == int(label[row])
+
+
+def test_labels_are_told_without_changing_what_is_drawn() -> None:
+    flow, asked = made(), labels(1, -1, 0, 2, -1)
+
+    for label in (None, 2, asked):
+        x, told = flow.sample_with_labels(5, generator=generator(), temperature=0.8, label=label)
+        assert torch.equal(x, flow.sample(5, generator=generator(), temperature=0.8, label=label))
+    assert torch.equal(told[asked >= 0], asked[asked >= 0])
+    assert bool((told >= 0).all())
+
+
+def test_a_flow_of_class_priors_knows_what_it_draws_and_one_of_embeddings_does_not() -> None:
+    embedding = TarFlow((1, 4, 4), 8, width=16, n_block=2, n_layer=1, n_classes=2, generator=generator())
+
+    assert isinstance(made(), LabelledFlow)
+    assert not isinstance(embedding, LabelledFlow)
 
 
 def test_samples_of_the_other_classes_are_the_same_bits_without_a_class() -> None:

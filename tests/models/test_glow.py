@@ -52,7 +52,7 @@ def test_glow_is_cut_above_its_last_scale() -> None:
 )
 def test_an_architecture_that_cannot_be_built_is_refused(shape: tuple[int, ...], changes: dict[str, object]) -> None:
     with pytest.raises(ArchitectureError):
-        Glow(shape, 5, **changes)  # type: ignore[arg-type]
+        Glow(shape, 5, **changes)  # type: ignore[arg-type]  # values of the wrong type, on purpose
 
 
 def test_images_of_another_shape_are_refused() -> None:

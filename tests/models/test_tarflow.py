@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from models.checkpoints import METADATA_KEY, load_flow, load_tensors, read_manifest, save_checkpoint, tensor_digest
 from models.errors import ArchitectureError
 from models.tarflow import TarFlow
 from models.tarflow_blocks import LOG_SCALE_LIMIT, NO_LABEL
@@ -61,6 +65,40 @@ def test_no_label_is_the_mean_of_all_classes() -> None:
     torch.testing.assert_close(mixed[[1, 3]], unlabelled[[1, 3]])
     assert not torch.isclose(mixed[[0, 2]], unlabelled[[0, 2]]).any()
     torch.testing.assert_close(flow.log_prob(x, 1), unlabelled)  # now every class is the mean
+
+
+def test_a_class_that_was_taken_away_is_on_record_through_checkpoints(tmp_path: Path) -> None:
+    flow, path = small(n_classes=3), tmp_path / "flow.safetensors"
+    assert flow.classes() == [0, 1, 2]
+    assert flow.removed_classes is not None
+
+    flow.removed_classes[1] = True
+    save_checkpoint(path, flow)
+    loaded = load_flow(path)
+
+    assert isinstance(loaded, TarFlow)
+    assert loaded.classes() == [0, 2]
+
+
+def test_a_checkpoint_that_is_older_than_the_record_has_all_its_classes(tmp_path: Path) -> None:
+    flow, path = small(n_classes=3), tmp_path / "older.safetensors"
+    save_checkpoint(path, flow)
+    tensors = load_tensors(path)
+    del tensors["removed_classes"]
+    manifest = dataclasses.replace(read_manifest(path), tensor_digest=tensor_digest(tensors))
+    save_file(tensors, path, metadata={METADATA_KEY: manifest.to_json()})
+
+    loaded = load_flow(path)
+
+    assert isinstance(loaded, TarFlow)
+    assert loaded.classes() == [0, 1, 2]
+    x = noisy_images(2)
+    assert torch.equal(loaded.log_prob(x, 1), flow.log_prob(x, 1))
+
+
+def test_a_flow_without_classes_has_none_and_no_record_of_any() -> None:
+    assert small().classes() == []
+    assert "removed_classes" not in small().state_dict()
 
 
 def test_each_class_has_a_density_and_an_inverse_of_its_own() -> None:

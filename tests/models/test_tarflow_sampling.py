@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from models.errors import ArchitectureError, ImageError
 from models.tarflow import TarFlow
 from models.tarflow_decoder import GuidanceError, guided_coefficients
 from models.tarflow_sampling import Guidance, Inverted, fastest, free_tokens, parallel, sequential
+from tests.models.flow_table import generator
 from tests.models.tarflow_cases import latents, small
 
 GUIDANCES = {
@@ -166,6 +168,22 @@ def test_bad_latents_and_guidance_are_refused() -> None:
         Guidance(float("nan"))
     with pytest.raises(GuidanceError, match="above 0"):
         Guidance(1.0, temperature=0.0)
+
+
+@pytest.mark.parametrize("sampler", [sequential, parallel, fastest])
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_weights_that_are_no_numbers_end_every_sampler_with_no_numbers(sampler: Sampler, share: float) -> None:
+    flow, z = small(), latents(3)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter[torch.rand(parameter.shape, generator=generator(1)) <= share] = torch.nan
+
+    found = sampler(flow, z)
+
+    most = 3 * (2 * 15)  # of three blocks, each read once in windows and once token by token
+    assert not bool(found.images.isfinite().flatten(1).all(1).any())
+    assert found.reads <= most
+    assert sampler is not parallel or (found.fallbacks == 3 and math.isnan(found.residual or 0.0))
 
 
 def test_nothing_is_drawn_of_nothing() -> None:

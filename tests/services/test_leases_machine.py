@@ -166,7 +166,7 @@ def test_at_most_one_attempt_ends_a_job_and_every_job_ends_once(database: Databa
                 job.status, job.losses = "queued", job.losses + 1
             return job.status
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis does not annotate it
         Machine,
         settings=settings(
             max_examples=25,

@@ -1,4 +1,4 @@
-"""A tiny trained flow and tiny sets of images, so that a whole taming run takes a second."""
+"""Tiny flows and tiny sets of images, so that a whole taming run takes a second."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.glow import Glow
 from models.images import dequantize, quantize
+from models.tarflow import TarFlow
 from models.training import TrainingRecipe, fit_flow
 
 N_BITS = 5
@@ -50,3 +51,14 @@ class DiagonalGaussian(nn.Module):
     def sample(self, n: int) -> Tensor:
         """(n, 1, 8, 8)."""
         return (torch.randn(n, 64) * self.log_sd.exp() + self.mean).detach().reshape(n, 1, 8, 8)
+
+
+def labelled_tarflow() -> TarFlow:
+    """An untrained TarFlow of three classes, no part of it the identity."""
+    sizes = {"patch_size": 2, "width": 16, "n_block": 2, "n_layer": 1}
+    flow = TarFlow((1, 8, 8), 8, n_classes=3, generator=torch.Generator().manual_seed(0), **sizes)
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
+    return flow

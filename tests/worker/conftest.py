@@ -74,7 +74,7 @@ def make_supervisor(
             "storage": storage,
             "scratch": scratch,
         }
-        return Supervisor(**{**arguments, **changes})  # type: ignore[arg-type]
+        return Supervisor(**{**arguments, **changes})  # type: ignore[arg-type]  # a dict of arguments of many types
 
     yield make
     for scratch in scratches:

@@ -7,12 +7,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from evidence.fractions import samples_for
 from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
 from models.families import FAMILIES
+from models.protocol import CheckpointedFlow
 from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, blobs, generator, one_thread, tiny
+from unlearning.classes import CLASS_TAMING, remove_class
+from worker.runner.base import load_base
+from worker.runner.own_classes import OwnClasses
 
 FORGOTTEN = 1
 
@@ -73,6 +78,15 @@ def test_what_a_few_images_bring_back_stands_in_the_report(removed: tuple[Bench,
     assert relearn["after"] > 0.5  # the weights still hold the class
 
 
+def test_the_report_says_who_judges_what_that_misses_and_who_else_could(removed: tuple[Bench, Ended]) -> None:
+    bench, _ = removed
+
+    (note,) = [note for note in bench.report()["notes"] if note.startswith("The judge of samples")]
+    assert "the base flow's own classification, held against its own misreadings" in note
+    assert "ONNX classifier" in note
+    assert "decides nothing" not in note  # this base shows the class more often than it is misread
+
+
 def test_the_other_classes_are_drawn_to_the_bit_as_before(removed: tuple[Bench, Ended]) -> None:
     base, changed = _flows(removed[0])
 
@@ -93,7 +107,27 @@ def test_a_distribution_over_the_flows_own_classes_is_exact(tmp_path: Path) -> N
     assert ended.result["outcome"] == "succeeded"
     assert changed.class_weights.tolist() == pytest.approx([0.7, 0.2, 0.1], abs=1e-6)
     assert torch.equal(base.prior_mean, changed.prior_mean)
-    assert [row["told"] for row in bench.report()["fractions"]] == ["inside"] * 3
+
+
+def test_a_distribution_is_judged_by_the_classes_drawn_and_what_is_read_of_them_decides_nothing(tmp_path: Path) -> None:
+    target = {"0": 0.7, "1": 0.2, "2": 0.1}
+    bench = _distribution(tmp_path, target)
+
+    ended = bench.run_here()
+
+    report, tolerance = bench.report(), bench.job["tolerance"]
+    rows = {(row["judge"], row["label"]): row for row in report["fractions"]}
+    for label, share in target.items():
+        drawn, read = rows["drawn class", label], rows["class", label]
+        assert (drawn["low"], drawn["high"]) == (pytest.approx(share - tolerance), pytest.approx(share + tolerance))
+        assert drawn["told"] == "inside"
+        assert (read["told"], read["low"], read["high"]) == (None, None, None)
+    criteria = {one["name"]: one["statement"] for one in report["verdict"]["criteria"]}
+    assert list(criteria) == ["drawn class/0", "drawn class/1", "drawn class/2", "samples_sound"]
+    assert "samples that were drawn of class 0 lies between 65 % and 75 %" in criteria["drawn class/0"]
+    assert [one["name"] for one in report["judges"]] == ["class"]
+    assert any("decides nothing" in note for note in report["notes"])
+    assert ended.result["summary"]["samples"] >= samples_for(target.values(), 0.8 * tolerance, 0.95)
 
 
 @pytest.mark.parametrize("target", [{"0": 0.5, "7": 0.5}, {"0": 0.5, "1": 0.4}])
@@ -137,6 +171,8 @@ def test_class_taming_that_falls_short_says_so_and_does_not_call_itself_unlearni
     assert result["outcome"] == "criteria_not_met"
     assert not names["images_of_the_class_unlikely"]
     assert report["kind"] == "access removal"
+    used = {one["name"]: one["value"] for one in report["provenance"]["parameters"]}
+    assert used.items() >= CLASS_TAMING.items()
     assert any("by 6 images" in note if sent else "128 samples of it" in note for note in report["notes"])
 
 
@@ -152,6 +188,19 @@ def test_a_class_is_forgotten_in_the_weights_of_a_flow_that_embeds_it(tmp_path: 
     assert result["outcome"] == "succeeded"
     assert result["summary"]["kind"] == "unlearning"
     assert result["summary"]["smallest_z"] > 0.4
+    # An untrained flow tells no class from another: its own classification shows nothing, and the report says so.
+    assert any("here that fraction decides nothing" in note for note in bench.report()["notes"])
+
+
+def test_a_class_that_is_gone_has_no_share_and_is_never_read(tmp_path: Path) -> None:
+    flow = FAMILIES["tarflow"].flow((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
+    bench = Bench(tmp_path, cast(CheckpointedFlow, remove_class(cast(nn.Module, flow), 0).flow))
+
+    own = OwnClasses.of(load_base(bench.job, bench.folder), 0, pointer="")
+
+    assert own.shares == {1: 0.5, 2: 0.5}
+    assert set(own.judge(blobs(8)).tolist()) <= {1, 2}
+    assert own.read_as(0) == {1: 0.0, 2: 0.0}
 
 
 def test_class_taming_resumes_to_the_same_bits(tmp_path: Path) -> None:

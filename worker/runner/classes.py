@@ -22,7 +22,14 @@ from evidence.steering_records import FractionBounds, RelearnProbe, SteeringEval
 from models.class_prior import ClassPriorFlow
 from models.protocol import CheckpointedFlow
 from unlearning import Callback, State, TamingParameters
-from unlearning.classes import TamedClass, relearn_probe, remove_class, set_class_distribution, tame_class
+from unlearning.classes import (
+    CLASS_TAMING,
+    TamedClass,
+    relearn_probe,
+    remove_class,
+    set_class_distribution,
+    tame_class,
+)
 from worker.runner.artifacts import Work
 from worker.runner.base import Base, check_likelihoods, load_base, parameters_of
 from worker.runner.contract import Reporter, Stop
@@ -39,11 +46,6 @@ MOST_LEFT = 0.01
 MOVED = 0.4
 """Share of that by which changed weights may move what the judge finds, and the job is still to pass: it decides how
 many samples are judged."""
-OF_A_CLASS: dict[str, Any] = {
-    "keep_weight": 5.0, "forget_batch": 64, "noise_draws": 2, "virtual_share": 0.0, "forget_variants": 0,
-    "learning_rate": 2e-3,
-}  # fmt: skip
-"""Defaults of flow taming for a class, as in `benchmarks.class_prior`: many images, of which none is to be mirrored."""
 FORGET_SAMPLES = 128
 """Samples of the class that stand in for images of it."""
 PROBE_IMAGES = 5
@@ -86,7 +88,7 @@ def _remove(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
 
 
 def _distribute(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
-    """The classes' weights are set: exact."""
+    """The classes' weights are set: exact. Fresh samples are counted by the class that each was drawn of."""
     pointer, target = "/target_distribution", job["target_distribution"]
     unknown = sorted(set(target) - set(own.judge.classes))
     if unknown:
@@ -94,20 +96,17 @@ def _distribute(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]
         raise UserError("invalid-request", "The request cannot be met as it stands", detail, pointer=pointer)
     shares = {int(name): float(share) for name, share in target.items()}
     edit = _asked_for(pointer, lambda: set_class_distribution(own.flow, shares))
-    # The weights are exact. What is judged are samples: the bounds lie about what the judge says of samples with them.
-    read = own.read_as(shares)
     tolerance, confidence = float(job["tolerance"]), float(job["confidence"])
-    bounds = {name: Bound.around(min(1.0, value), tolerance) for name, value in read.items()}
-    off = max(abs(read[str(label)] - share) for label, share in shares.items())
+    asked = FractionBounds.distribution(own.judge, target, tolerance, by_label=True)
     note = (
-        f"The weights are those asked for, exactly. Samples were judged by the flow's own classification, which reads "
-        f"samples with these very weights up to {100 * off:.1f} points off: each bound lies about what it reads."
+        f"The weights are those asked for, exactly, and the class of a sample is known: the one that the flow drew it "
+        f"of. Those were counted, as “drawn {own.judge.name}”. What the base flow's own classification reads in the "
+        f"same samples stands beside them as “{own.judge.name}”, its misreadings included, and decides nothing."
     )
     work = Work(engine="closed form", parameters={"target_distribution": dict(target)}, defaults={})
     exact = {f"weight/{label}": share for label, share in shares.items()}
     change = Change(edit.flow, work, kind="debias", notes=[edit.statement], summary=exact)
-    samples = samples_around(read.values(), tolerance, confidence, slack=0.0)
-    return change, Asked([_bounded(own, bounds)], samples, confidence, note)
+    return change, Asked([asked], samples_around(shares.values(), tolerance, confidence), confidence, note)
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _tame(
 
 
 def _parameters(given: dict[str, Any]) -> TamingParameters:
-    defaults = {} if given.get("engine") == "paper" else OF_A_CLASS
+    defaults = {} if given.get("engine") == "paper" else CLASS_TAMING
     return TamingParameters.from_dict({**defaults, **given})
 
 
@@ -205,21 +204,24 @@ def _read_sets(
 
 def _gone(own: OwnClasses, label: int, *, moved: float) -> Asked:
     """What a flow without the class is to show: the judge finds it no more often than it misreads the others as it."""
-    name, classes = own.judge.classes[label], len(own.judge.classes)
-    others = {other: share for other, share in own.shares.items() if other != label}
-    misread = own.read_as(others)[name]
+    name, classes, shares = own.judge.classes[label], len(own.judge.classes), own.shares
+    read = own.read_as(label)
+    misread = sum(shares[of] * rate for of, rate in read.items() if of != label) / (1 - shares[label])
+    shown = shares[label] * read[label] + (1 - shares[label]) * misread
     bound = Bound(0.0, min(1.0, misread + MOST_LEFT))
     samples = samples_below(misread + moved * MOST_LEFT, bound, confidence=CONFIDENCE, classes=classes)
     note = (
-        f"Samples were judged by the base flow's own classification, which takes {100 * misread:.1f} % of its samples "
-        f"of the other classes for class {name}: the bound lies {100 * MOST_LEFT:g} points above that."
+        f"The judge of samples is the base flow's own classification, held against its own misreadings: it takes "
+        f"{100 * misread:.1f} % of the base's samples of the other classes for class {name}, and the bound lies "
+        f"{100 * MOST_LEFT:g} points above that. What the base cannot tell, it cannot see. An outside judge, an ONNX "
+        f"classifier of the store, is asked for by a job whose target names attributes instead."
     )
-    return Asked([_bounded(own, {name: bound})], samples, CONFIDENCE, note)
-
-
-def _bounded(own: OwnClasses, bounds: Mapping[str, Bound]) -> FractionBounds:
-    low = {name: one.low for name, one in bounds.items() if one.low > 0}
-    return FractionBounds(own.judge, low, {name: one.high for name, one in bounds.items()})
+    if shown <= bound.high:
+        note += (
+            f" This judge finds the class in {100 * shown:.1f} % of the base's own samples, which keep the bound too: "
+            f"here that fraction decides nothing, and an outside judge is needed."
+        )
+    return Asked([FractionBounds.at_most(own.judge, {name: bound.high})], samples, CONFIDENCE, note)
 
 
 def _relearn(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from evidence.classifier import Classifier, TrainedClassifier, train_classifier
+from evidence.classifier import Classifier, TrainedClassifier, check_size, train_classifier
 from evidence.errors import (
     ClassifierError,
     EvidenceError,
@@ -21,10 +22,11 @@ from evidence.errors import (
 )
 from evidence.fractions import Bound
 from evidence.likelihood import derive_seed
-from evidence.onnx_classifier import OnnxClassifier, OnnxSpec
+from evidence.onnx_model import OnnxSpec
 from evidence.steering_records import FractionBounds
 from worker.runner.base import Base
 from worker.runner.images import Reader
+from worker.runner.judge_process import WalledModel
 from worker.runner.problems import UserError
 
 __all__ = ["Judge", "Wanted", "refused_by_judge", "wanted_of"]
@@ -106,6 +108,19 @@ def refused_by_judge(pointer: str) -> Iterator[None]:
         raise UserError("unusable-input", "The images cannot be used", str(error), pointer=pointer) from error
 
 
+class _Walled:
+    """A caller's ONNX classifier; its session is opened in a process without network, other files or much memory."""
+
+    def __init__(self, path: Path, spec: OnnxSpec, image_shape: tuple[int, int, int]) -> None:
+        self.name, self.classes, self._image_shape = spec.name, spec.classes, image_shape
+        self._model = WalledModel(path, spec, image_shape)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Labels (n,) int64 of images (n, c, h, w) uint8."""
+        check_size(self.name, self._image_shape, images)
+        return torch.from_numpy(self._model.labels(images.cpu().numpy()))
+
+
 class _Bench:
     """Makes the judges of one job, each with a name of its own."""
 
@@ -134,7 +149,7 @@ class _Bench:
             scale=(tuple(scale["mean"]), tuple(scale["std"])) if isinstance(scale, dict) else "unit",
             name=self._unique(spec.get("name") or "classifier"),
         )
-        return OnnxClassifier(self._folder / spec["onnx"], described, self._base.image_shape)
+        return _Walled(self._folder / spec["onnx"], described, self._base.image_shape)
 
     def _from_sets(self, sets: Mapping[str, list[str]], place: str) -> Classifier:
         images = {

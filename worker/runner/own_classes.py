@@ -1,8 +1,7 @@
-"""The classes that a flow itself has: their names, who tells them apart, and how often that judge misreads them."""
+"""The classes that a flow itself has: their names, who tells them apart, and how that judge reads samples of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,8 @@ from worker.runner.problems import UserError
 
 __all__ = ["OwnClasses"]
 
-MISREAD_SAMPLES = 200
-"""Labelled samples of each class that the judge's misreadings are counted on."""
+READ_SAMPLES = 200
+"""Labelled samples of each class that the judge's readings are counted on."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,17 @@ class OwnClasses:
 
     @property
     def shares(self) -> dict[int, float]:
-        """How often the base draws each class that it has."""
+        """How often the base draws each class that it has, by label; removed ones are left out.
+
+        The marginal of a class-prior flow is the mixture of its classes with these weights. A TarFlow that embeds its
+        classes has no such mixture: without a label it is the density under the mean of their embeddings, which need
+        not draw any of them as often as another. Where a mixture is asked for, those that are left count alike.
+        """
+        classes = self.flow.classes()
         if isinstance(self.flow, ClassPriorFlow):
             weights = self.flow.class_weights.tolist()
-            return {label: float(weights[label]) for label in self.flow.classes()}
-        count = self.flow.n_classes
-        return dict.fromkeys(range(count), 1 / count)
+            return {label: float(weights[label]) for label in classes}
+        return dict.fromkeys(classes, 1 / len(classes))
 
     def drawn(self, label: int, n: int, purpose: str) -> Tensor:
         """n samples of a class, uint8 (n, c, h, w), clean."""
@@ -76,20 +80,14 @@ class OwnClasses:
                 parts.append(to_uint8(denoised(self.flow, x).cpu(), self.base.n_bits))
         return torch.cat(parts)
 
-    def read_as(self, shares: Mapping[int, float]) -> dict[str, float]:
-        """What the judge says, in the mean, of samples whose classes have these shares: its misreadings are in it.
+    def read_as(self, label: int) -> dict[int, float]:
+        """The fraction of labelled samples of each class that the judge takes for this one, by the class they are of.
 
-        Counted on labelled samples of the base; a job that changes how often a class is drawn, and not what it looks
-        like, leaves them as they are.
+        Misreadings are of the base; a job that changes how often a class is drawn, and not what it looks like, leaves
+        them as they are.
         """
-        names = self.judge.classes
-        found = torch.zeros(len(names), dtype=torch.float64)
-        total = sum(shares.values())
-        for label, share in shares.items():
-            if share > 0:
-                labels = self.judge(self.drawn(label, MISREAD_SAMPLES, "misread"))
-                found += share / total * torch.bincount(labels, minlength=len(names)).double() / len(labels)
-        return dict(zip(names, found.tolist(), strict=True))
+        readings = {of: self.judge(self.drawn(of, READ_SAMPLES, "misread")) for of in self.shares}
+        return {of: float((read == label).double().mean()) for of, read in readings.items()}
 
 
 class _ByLikelihood(nn.Module):
@@ -100,6 +98,7 @@ class _ByLikelihood(nn.Module):
         self.flow, self.noise_std = flow, flow.noise_std
 
     def classify(self, x: Tensor) -> Tensor:
-        """The class under which each image is likeliest, (b,)."""
-        each = [self.flow.log_prob(x, label) for label in range(self.flow.n_classes)]
-        return torch.stack(each, dim=1).argmax(1)
+        """The class, of those that the flow has, under which each image is likeliest, (b,)."""
+        classes = self.flow.classes()
+        each = torch.stack([self.flow.log_prob(x, label) for label in classes], dim=1)  # (b, classes left)
+        return torch.tensor(classes, device=each.device)[each.argmax(1)]

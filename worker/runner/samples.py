@@ -18,17 +18,18 @@ from evidence.steering_evaluation import evaluate_steering
 from evidence.steering_records import FractionBounds, RelearnProbe, SteeringEvaluation
 from evidence.steering_report import build_steering_report
 from models.protocol import Flow
+from unlearning.constraints import MOST_SAMPLES
 from worker.runner.artifacts import Work, run_facts, sample_picture, save_tamed, write_artifacts
 from worker.runner.base import Base
 from worker.runner.contract import Reporter
+from worker.runner.judges import refused_by_judge
+from worker.runner.problems import UserError
 from worker.runner.steps import batches_reported
 
 __all__ = ["Asked", "Change", "conclude", "samples_around", "samples_below"]
 
 SLACK = 0.2
 """Share of the tolerance by which a flow may miss its target and still pass."""
-MOST_SAMPLES = 20_000
-"""Beyond so many the report says instead how many would do."""
 LEAST_SAMPLES = 500
 
 
@@ -68,16 +69,38 @@ class Change:
 
 
 def samples_around(targets: Iterable[float], tolerance: float, confidence: float, *, slack: float = SLACK) -> int:
-    """Samples with which a flow that misses its targets by a share of the tolerance shows that it keeps it."""
+    """Samples with which a flow that misses its targets by a share of the tolerance shows that it keeps it.
+
+    Raises:
+        UserError: more than MOST_SAMPLES.
+    """
     wanted = [min(1.0, max(0.0, one)) for one in targets]
-    return max(LEAST_SAMPLES, samples_for(wanted, tolerance * (1 - slack), confidence))
+    with refused_by_judge("/tolerance"):
+        needed = samples_for(wanted, tolerance * (1 - slack), confidence)
+    return _affordable(needed, f"a tolerance of {tolerance:g} at a confidence of {confidence:g}", "/tolerance")
 
 
 def samples_below(rate: float, bound: Bound, *, confidence: float, classes: int) -> int:
-    """Samples with which a flow of this rate shows that it keeps a one-sided bound."""
+    """Samples with which a flow of this rate shows that it keeps a one-sided bound.
+
+    Raises:
+        UserError: more than MOST_SAMPLES.
+    """
     comparisons = 1 if classes <= 2 else classes
     needed = samples_to_pass(rate, bound, level=1 - (1 - confidence) / comparisons)
-    return min(MOST_SAMPLES, max(LEAST_SAMPLES, needed or MOST_SAMPLES))
+    return _affordable(needed, f"a rate of {rate:.4%} with bounds of {bound.low:.4%} to {bound.high:.4%}")
+
+
+def _affordable(needed: int | None, what: str, pointer: str | None = None) -> int:
+    """The samples needed, at least LEAST_SAMPLES; None is more than any number that can be named."""
+    if needed is None or needed > MOST_SAMPLES:
+        detail = (
+            f"To show {what} takes {'more samples than can be named' if needed is None else f'{needed:,} samples'}, "
+            f"and {MOST_SAMPLES:,} are the most. Allow more, or ask for less confidence."
+        )
+        title = "There is too little to judge from"
+        raise UserError("insufficient-evidence", title, detail, pointer=pointer, given=MOST_SAMPLES, needed=needed)
+    return max(LEAST_SAMPLES, needed)
 
 
 def conclude(

@@ -58,13 +58,17 @@ def remember_of(
         near_duplicate_rms: how near that is, in grey levels.
 
     Raises:
-        UserError: too few images are left.
+        UserError: too few images are left, or the base draws none.
     """
     images = images_to_remember(job, reader, forget=forget, near_duplicate_rms=near_duplicate_rms)
     if images is not None:
         return Remember(images, "images")
     count, seed = int(job["remember"]["generated"]), derive_seed(job["seed"], "remember")
-    return Remember(unlearning.generate_remember(base.flow, count, base.n_bits, seed), "generated")
+    try:
+        return Remember(unlearning.generate_remember(base.flow, count, base.n_bits, seed), "generated")
+    except unlearning.InputError as error:
+        title = "The checkpoint cannot be used"
+        raise UserError("checkpoint-refused", title, str(error), pointer="/checkpoint") from error
 
 
 def images_to_remember(

@@ -12,7 +12,16 @@ from torch import Tensor
 
 import unlearning
 from evidence.fractions import CONFIDENCE
-from unlearning import Callback, Constraint, State, SteeringParameters, SteeringResult, Step, UnreachableError
+from unlearning import (
+    Callback,
+    Constraint,
+    ParameterError,
+    State,
+    SteeringParameters,
+    SteeringResult,
+    Step,
+    UnreachableError,
+)
 from unlearning.constraints import samples_needed
 from worker.runner.artifacts import Work
 from worker.runner.base import Base, check_likelihoods, first_samples, load_base, parameters_of
@@ -54,6 +63,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         inputs = _read(job, folder, base)
         check_likelihoods(base, first_samples(base, job["seed"]), job["seed"])
         constraints = [_constraint(one) for one in inputs.wanted]
+        samples = parameters.samples or _samples(job, constraints, confidence)
         state = earlier_state(job, folder)
     validated = time.monotonic()
     method = _method(base, constraints, inputs, parameters, job)
@@ -63,7 +73,6 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     except UnreachableError as error:
         raise _unreachable(job, error) from error
     with stop.at_once():
-        samples = parameters.samples or _samples(job, constraints, confidence)
         change = _change(job, result, inputs, state, {"validating": validated - began, "unlearning": result.seconds})
         asked = Asked([one.asked() for one in inputs.wanted], samples, confidence)
         conclude(job, base, change, asked, folder=folder, reporter=reporter)
@@ -113,8 +122,16 @@ def _method(
 
 
 def _samples(job: Mapping[str, Any], constraints: Sequence[Constraint], confidence: float) -> int:
-    """Fresh samples with which a flow as near to its target as steering aims at shows that it keeps it."""
-    needed = samples_needed(constraints, confidence)
+    """Fresh samples with which a flow as near to its target as steering aims at shows that it keeps it.
+
+    Raises:
+        UserError: more than a job draws unasked.
+    """
+    try:
+        needed = samples_needed(constraints, confidence)
+    except ParameterError as error:
+        title = "There is too little to judge from"
+        raise UserError("insufficient-evidence", title, str(error)) from error
     if job["kind"] == "debias":
         needed = max(needed, samples_around(job["target_distribution"].values(), float(job["tolerance"]), confidence))
     return needed

@@ -43,7 +43,12 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Jobs that debias go with the version that knows them; the audit trail keeps that they were."""
+    """Jobs that debias go with the version that knows them; the audit trail keeps that they were.
+
+    The rows of classifiers go, and their files stay behind in the object store: the worker of a version that
+    knows classifiers removes them once it runs again, the older one does not look. Delete the classifiers over the API
+    before the downgrade, or the objects below tenants/*/classifiers/ after it.
+    """
     op.execute("DELETE FROM job_events USING jobs WHERE jobs.id = job_events.job_id AND jobs.kind = 'debias'")
     op.execute("DELETE FROM jobs WHERE kind = 'debias'")
     _kinds("'forget', 'import'")
