@@ -8,12 +8,14 @@ Four experiments of Malnick, Avidan and Fried (WACV 2024), each with the paper's
   paper's largest set has 15), D'_F the person's other photos, D_R the other training people, D_R^id four people who
   were never in training, D_R^NN the photos of D_R nearest in the embedding of an outside face recogniser.
 - outside: Table B.1 d, the same for people who were never in training.
-- ablation: Table 2, engine "paper" with terms of its objective left out, for so many steps whatever it reaches.
+- ablation: Table 2, engine "paper" with terms of its objective left out, one person, until it stops by itself or after
+  so many steps. KID of PCA embeddings stands where the paper has FID: the two are not of one scale.
 - size: Fig. B.4, the mean quantile of D_F against its size, without the training data: samples of the base are
   remembered.
 
 The paper's models see 128 x 128 colour photos of 10,000 celebrities, ours 32 x 32 grey photos of 36 people: what can be
-compared is the pattern, and what is measured alike is q and QD (eq. 13-15). The last line is one JSON object.
+compared is the pattern, and what is measured alike is q and QD (eq. 13-15). Its minutes are those of four Titan Xp,
+our seconds those of this machine's CPU. The last line is one JSON object.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,9 +133,16 @@ def identity(
         seconds.append(time.monotonic() - start)
         verdicts.append(judge(_flow(result.flow), person, size))
         confirmed += result.met and verdicts[-1].confirmed
+    return row_of(experiment, delta, size, verdicts, seconds, confirmed)
+
+
+def row_of(
+    experiment: str, delta: float, size: int, verdicts: Sequence[Verdict], seconds: Sequence[float], confirmed: int
+) -> Row:
+    """Means over people; of the seconds, the median."""
     names = ("q_forget", "qd_forget", "qd_same", "qd_remember", "qd_unseen", "qd_nearest", "drift")
     means = {name: statistics.mean(getattr(verdict, name) for verdict in verdicts) for name in names}
-    return Row(experiment, delta, size, len(people), confirmed, statistics.median(seconds), **means)
+    return Row(experiment, delta, size, len(verdicts), confirmed, statistics.median(seconds), **means)
 
 
 def ablation(base: Flow, faces: Faces, person: int, steps: int) -> list[dict[str, object]]:
@@ -186,6 +195,7 @@ def set_sizes(base: Flow, faces: Faces, sizes: Sequence[int]) -> list[dict[str, 
             "qd_training": q[0][1] - q[1][1],
             "steps": float(result.steps),
             "seconds": result.seconds,
+            "met": result.met,
         }
         rows.append(row)
         print(
@@ -239,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(rows[-1].lines(), flush=True)
     table2 = ablation(base, faces, 1, 20 if options.quick else ABLATION_STEPS) if "ablation" in options.only else []
     curve = set_sizes(base, faces, SET_SIZES[: 3 if options.quick else None]) if "size" in options.only else []
-    print(json.dumps(summary(rows, table2, curve)))
+    print(json.dumps(summary(rows, table2, curve), allow_nan=False))
 
 
 def summary(rows: Sequence[Row], table2: list[dict[str, object]], curve: list[dict[str, float]]) -> dict[str, object]:
@@ -251,11 +261,24 @@ def summary(rows: Sequence[Row], table2: list[dict[str, object]], curve: list[di
         "confirmed": sum(row.confirmed for row in rows),
     }
     for row in main_rows:
-        found |= {f"qd_same_{row.images}": row.qd_same, f"seconds_{row.images}": row.seconds}
+        paper = PAPER.get((row.experiment, row.delta, NEAREST_OF_PAPER[row.images]))
+        found |= {f"qd_same_{row.images}": _finite(row.qd_same), f"seconds_{row.images}": row.seconds}
+        found[f"paper_qd_same_{row.images}"] = paper[2] if paper else None
     for name in ("qd_remember", "qd_unseen", "qd_nearest"):
         values = [abs(float(getattr(row, name))) for row in main_rows]
-        found[f"{name}_worst_mean"] = max(values) if values else math.nan
-    return found | {"ablation": table2, "set_size": curve}
+        # Not the bare maximum, which is any value where one is NaN.
+        found[f"{name}_worst_mean"] = _finite(max(values) if values and not any(map(math.isnan, values)) else math.nan)
+    of_curve = {"set_sizes": len(curve), "set_sizes_met": sum(bool(point["met"]) for point in curve)}
+    return found | of_curve | {"ablation": [_row(row) for row in table2], "set_size": [_row(row) for row in curve]}
+
+
+def _row(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: _finite(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _finite(value: float) -> float | None:
+    """The value; None, which is JSON, where it is not finite (an ablation may diverge)."""
+    return value if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ line is one JSON object.
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.orl_judge import Judge
+from benchmarks.orl_judge import Judge, Verdict
 from examples.orl import HELD_OUT, IMAGE_SIZE, SEED, Faces, default_cache, load_faces
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.tarflow import TarFlow
@@ -98,8 +99,41 @@ def _one_token(
     return block.read_out(h, x.dtype)
 
 
-def time_samplers(flow: TarFlow, batch: int, rounds: int) -> dict[str, float]:
-    """Seconds and ratios at one batch size, on the same latents in alternation."""
+@dataclass(frozen=True)
+class Samplers:
+    """The samplers at one batch size."""
+
+    seconds: dict[str, list[float]]
+    """By sampler, one a round."""
+    residual: float
+    """Largest |f(x) - z| of the parallel sampler's images."""
+    difference: float
+    """Largest difference of a sampler's images to the sequential one's."""
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times sooner one is than another: above 1 where it is; the median over rounds."""
+        pairs = zip(self.seconds[over], self.seconds[name], strict=True)
+        return statistics.median(theirs / its for theirs, its in pairs)
+
+
+@dataclass(frozen=True)
+class Tamed:
+    """One person."""
+
+    seconds: float
+    cpu_seconds: float
+    steps: int
+    met: bool
+    verdict: Verdict
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the run stopped by itself, and the judge agrees."""
+        return self.met and self.verdict.confirmed
+
+
+def time_samplers(flow: TarFlow, batch: int, rounds: int) -> Samplers:
+    """Invert the same latents by each sampler in turn, and print what it took."""
     samplers: dict[str, Callable[[TarFlow, Tensor], Inverted]] = {
         "sequential": sequential, "parallel": parallel, "default": fastest, "concatenating": concatenating,
     }  # fmt: skip
@@ -120,34 +154,31 @@ def time_samplers(flow: TarFlow, batch: int, rounds: int) -> dict[str, float]:
         own = _worst(own, whole_residual(flow, found["sequential"], latents))
         certificate = _worst(certificate, found["parallel"].residual or 0.0)
         fallbacks += found["parallel"].fallbacks
-        for other in ("parallel", "concatenating"):
+        for other in ("parallel", "default", "concatenating"):
             change = float((found[other].images - found["sequential"].images).abs().max())
-            difference = max(difference, change)
-    ratios = {
-        name: statistics.median(s / t for s, t in zip(seconds["sequential"], seconds[name], strict=True))
-        for name in ("parallel", "default", "concatenating")
-    }
+            difference = _worst(difference, change)
+    timed = Samplers(seconds, residual, difference)
     print(f"batch {batch}: {free_tokens(flow, batch):.0f} tokens free a read; largest difference {difference:.1e}")
     for name in samplers:
         spread = sorted(seconds[name])
-        ratio = f"{ratios[name]:.2f} x" if name in ratios else ""
+        ratio = "" if name == "sequential" else f"{timed.speedup(name, 'sequential'):.2f} x"
         print(f"  {name:>14} {statistics.median(spread) * 1e3:9.1f} ms  {reads[name]:5d} reads  {ratio}")
     print(f"  residual {residual:.1e} (sequential {own:.1e}), certificate {certificate:.1e}, {fallbacks} fallbacks")
-    return {**ratios, "residual": residual}
+    return timed
 
 
-@torch.no_grad()
 def _worst(*values: float) -> float:
     """The largest; NaN where one of them is."""
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
+@torch.no_grad()
 def whole_residual(flow: TarFlow, found: Inverted, latents: Tensor) -> float:
     """max |f(x) - z| over all blocks together."""
     return float((flow(found.images)[0] - latents).abs().max())
 
 
-def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> dict[str, float | int]:
+def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> list[Tamed]:
     """Tame each person out of the base in turn, and judge."""
     judge = Judge(flow, faces, draws, TamingParameters(), n_bits=N_BITS)
     print("taming   who    ok  steps  seconds      cpu   z min   QD(DF)  QD(D'F)   QD(DR) QD(DRid)   drift")
@@ -162,23 +193,42 @@ def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> d
         if not isinstance(result.flow, TarFlow):
             raise TypeError(f"taming a TarFlow gave a {type(result.flow).__name__}")
         v = judge(result.flow, person, FORGET_PHOTOS)
+        rows.append(Tamed(wall, cpu, result.steps, result.met, v))
         print(
-            f"        {person:4d} {'yes' if result.met and v.confirmed else 'no':>5} {result.steps:6d} {wall:8.1f} "
+            f"        {person:4d} {'yes' if rows[-1].confirmed else 'no':>5} {result.steps:6d} {wall:8.1f} "
             f"{cpu:8.1f} {v.z_min:7.2f} {v.qd_forget:+8.3f} {v.qd_same:+8.3f} {v.qd_remember:+8.4f} "
             f"{v.qd_unseen:+8.3f} {v.drift:7.3f}",
             flush=True,
         )
-        rows.append((wall, cpu, result.steps, result.met and v.confirmed, v))
-    return {
-        "taming_seconds": statistics.median(row[0] for row in rows),
-        "taming_cpu_seconds": statistics.median(row[1] for row in rows),
-        "taming_steps": statistics.median(row[2] for row in rows),
-        "taming_people": len(rows),
-        "taming_confirmed": sum(row[3] for row in rows),
-        "taming_drift": statistics.median(row[4].drift for row in rows),
-        "taming_qd_forget": statistics.mean(row[4].qd_forget for row in rows),
-        "taming_qd_held_out": statistics.mean(row[4].qd_same for row in rows),
+    return rows
+
+
+def summary(single: Samplers, crowd: Samplers, tokens: int, tamed: list[Tamed]) -> dict[str, float | int | None]:
+    """The figures of the last line, from the samplers at batch 1 and at batch 8; null: not finite, or not measured."""
+    figures: dict[str, float | int] = {
+        "parallel_speedup": single.speedup("parallel", over="sequential"),
+        "cached_ratio": single.speedup("sequential", over="concatenating"),
+        "max_residual": _worst(single.residual, crowd.residual),
+        "tokens": tokens,
+        "default_ratio_batch_1": single.speedup("default", over="sequential"),
+        "default_ratio_batch_8": crowd.speedup("default", over="sequential"),
+        "parallel_ratio_batch_8": crowd.speedup("parallel", over="sequential"),
+        "cached_ratio_batch_8": crowd.speedup("sequential", over="concatenating"),
+        "largest_difference": _worst(single.difference, crowd.difference),
+        "taming_seconds": math.nan,
     }
+    if tamed:
+        figures |= {
+            "taming_seconds": statistics.median(run.seconds for run in tamed),
+            "taming_cpu_seconds": statistics.median(run.cpu_seconds for run in tamed),
+            "taming_steps": statistics.median(run.steps for run in tamed),
+            "taming_people": len(tamed),
+            "taming_confirmed": sum(run.confirmed for run in tamed),
+            "taming_drift": statistics.median(run.verdict.drift for run in tamed),
+            "taming_qd_forget": statistics.mean(run.verdict.qd_forget for run in tamed),
+            "taming_qd_held_out": statistics.mean(run.verdict.qd_same for run in tamed),
+        }
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -206,19 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
         bits = float(bits_per_dim(flow, images, n_bits=N_BITS, generator=generator).mean())
         print(f"  {bits:.3f} bits a dimension, {name}")
     single, crowd = time_samplers(flow, 1, rounds), time_samplers(flow, 8, rounds)
-    figures: dict[str, float | int] = {
-        "parallel_speedup": single["parallel"],
-        "cached_ratio": 1 / single["concatenating"],
-        "max_residual": _worst(single["residual"], crowd["residual"]),
-        "tokens": tokens,
-        "default_ratio_batch_1": single["default"],
-        "default_ratio_batch_8": crowd["default"],
-        "parallel_ratio_batch_8": crowd["parallel"],
-        "cached_ratio_batch_8": 1 / crowd["concatenating"],
-    }
-    if people:
-        figures |= time_taming(flow, faces, people, 3 if options.quick else 10)
-    print(json.dumps(figures))
+    tamed = time_taming(flow, faces, people, 3 if options.quick else 10) if people else []
+    print(json.dumps(summary(single, crowd, tokens, tamed), allow_nan=False))
 
 
 def _show(progress: TrainingProgress) -> None:

@@ -328,10 +328,17 @@ class _Run:
         )
 
     def _correct(self, found: list[Fractions], gain: float) -> None:
-        """Integral control: raise the weight of a class by a share of what its fraction lacks, in logarithms."""
+        """Integral control: raise the weight of a class by a share of what its fraction lacks, in logarithms.
+
+        Near the aim an error is mostly chance, and to follow it would keep the flow moving for nothing: each is shrunk
+        by the share of its square that the variance of the fraction's logarithm explains.
+        """
         for j, (one, aim) in enumerate(zip(found, self._aims, strict=True)):
             least = 0.5 / one.n  # of a class that was not seen
-            error = (aim.clamp(min=least) / one.tensor().clamp(min=least)).log()
+            now = one.tensor().clamp(min=least, max=1 - least)
+            error = (aim.clamp(min=least) / now).log()
+            chance = (1 - now) / (one.n * now)
+            error = error * error.square() / (error.square() + chance)
             self._weights[j] = (self._weights[j] + gain * error.clamp(-LARGEST, LARGEST)).clamp(-EXTREME, EXTREME)
 
     def _targets(self, rows: Tensor) -> Tensor:
