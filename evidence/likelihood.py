@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from models.images import flow_input
+from models.images import evaluation_batch, flow_input
 from models.protocol import Flow
 
 __all__ = [
@@ -148,8 +148,8 @@ def density_nll(flow: Flow, x: Tensor, *, batch_size: int = BATCH) -> Tensor:
     device = device_of(flow)
     # Verdicts are float32 whatever the caller's autocast says.
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        starts = range(0, len(x), batch_size)
-        parts = [-flow.log_prob(x[start : start + batch_size].to(device)).double().cpu() for start in starts]
+        batches = torch.split(x, evaluation_batch(x, device, batch_size)) if len(x) else ()
+        parts = [-flow.log_prob(batch.to(device)).double().cpu() for batch in batches]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 

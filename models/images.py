@@ -19,6 +19,9 @@ MAX_PIXELS = 40_000_000
 """Images with more pixels than this are refused before they are decoded."""
 MIN_SIDE = 2
 """Pixels; a smaller image holds nothing to forget."""
+CPU_VALUES = 2**15
+"""Values of the images that pass through a flow at once without gradients on a CPU: the activations of more leave its
+caches (32 x 32 images in batches of 32 against 128, measured: Glow 1.6 times as fast, TarFlow 1.5 times)."""
 FITS = ("crop", "squash", "exact")
 FitMode = Literal["crop", "squash", "exact"]
 
@@ -116,6 +119,13 @@ def dequantize(x: Tensor, n_bits: int, generator: torch.Generator) -> Tensor:
     noise = torch.rand(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
     noisy: Tensor = x + noise.to(device=x.device, dtype=x.dtype) / 2**n_bits
     return noisy
+
+
+def evaluation_batch(x: Tensor, device: torch.device, most: int) -> int:
+    """Images of a batch x (n, ...) that pass through a flow at once, without gradients: no more than `most`."""
+    if device.type != "cpu":
+        return most
+    return max(1, min(most, CPU_VALUES // max(1, x[:1].numel())))
 
 
 def flow_input(flow: object, images: Tensor, n_bits: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.images import flow_input
+from models.images import evaluation_batch, flow_input
 from models.protocol import Density
 from unlearning.errors import DivergedError
 
@@ -53,7 +53,7 @@ def nll_of(
         n_bits: colour depth.
         generator: draws the noise; on the CPU.
         draws: noise draws an image.
-        batch: images in one forward.
+        batch: most images in one forward.
     """
     total = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(draws):
@@ -69,5 +69,6 @@ def density_nll(flow: Density, x: Tensor, *, batch: int = 128) -> Tensor:
     parameters: Callable[[], object] | None = getattr(flow, "parameters", None)
     first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]  # any flow
     device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+    parts = torch.split(x, evaluation_batch(x, device, batch))
     with float32(device.type):
-        return torch.cat([-flow.log_prob(part.to(device)).float().cpu() for part in torch.split(x, batch)])
+        return torch.cat([-flow.log_prob(part.to(device)).float().cpu() for part in parts])

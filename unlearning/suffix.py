@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.images import flow_input
+from models.images import evaluation_batch, flow_input
 from models.protocol import Density, SplitFlow
 from unlearning.likelihood import float32
 from unlearning.randomness import stream
@@ -71,7 +71,7 @@ class Suffix:
         with float32(self.device.type):
             for draw in range(draws):
                 x = flow_input(self._flow, images.cpu(), self._n_bits, stream(seed, name, draw))
-                for part in torch.split(x, self._micro_batch):
+                for part in torch.split(x, evaluation_batch(x, self.device, self._micro_batch)):
                     if self._split is None:
                         cuts.append(Cut(part, torch.zeros(len(part))))
                     else:
