@@ -148,7 +148,7 @@ def density_nll(flow: Flow, x: Tensor, *, batch_size: int = BATCH) -> Tensor:
     device = device_of(flow)
     # Verdicts are float32 whatever the caller's autocast says.
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        batches = torch.split(x, evaluation_batch(x, device, batch_size)) if len(x) else ()
+        batches = torch.split(x, evaluation_batch(flow, x, device, batch_size)) if len(x) else ()
         parts = [-flow.log_prob(batch.to(device)).double().cpu() for batch in batches]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

@@ -349,6 +349,8 @@ class IAF(_Autoregressive):
     """
 
     family: ClassVar[str] = "iaf"
+    sequential_log_prob: ClassVar[bool] = True
+    """As `models.images.evaluation_batch` reads it."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b, c, h, w) or (b, d) to standard normal latents (b, d), and log|det| (b,), dimension by dimension."""

@@ -121,9 +121,12 @@ def dequantize(x: Tensor, n_bits: int, generator: torch.Generator) -> Tensor:
     return noisy
 
 
-def evaluation_batch(x: Tensor, device: torch.device, most: int) -> int:
-    """Images of a batch x (n, ...) that pass through a flow at once, without gradients: no more than `most`."""
-    if device.type != "cpu":
+def evaluation_batch(flow: object, x: Tensor, device: torch.device, most: int) -> int:
+    """Images of a batch x (n, ...) that pass through a flow at once, without gradients: no more than `most`.
+
+    A flow with a true `sequential_log_prob` makes as many small passes for one image as for all: it gets `most`.
+    """
+    if device.type != "cpu" or getattr(flow, "sequential_log_prob", False):
         return most
     return max(1, min(most, CPU_VALUES // max(1, x[:1].numel())))
 

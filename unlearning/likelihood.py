@@ -69,6 +69,6 @@ def density_nll(flow: Density, x: Tensor, *, batch: int = 128) -> Tensor:
     parameters: Callable[[], object] | None = getattr(flow, "parameters", None)
     first = next(iter(parameters()), None) if parameters is not None else None  # type: ignore[call-overload]  # any flow
     device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-    parts = torch.split(x, evaluation_batch(x, device, batch))
+    parts = torch.split(x, evaluation_batch(flow, x, device, batch))
     with float32(device.type):
         return torch.cat([-flow.log_prob(part.to(device)).float().cpu() for part in parts])

@@ -49,6 +49,9 @@ LARGEST = 0.7
 """Largest correction of a log weight at one measurement."""
 DOUBT = 0.1
 """Share of the doubt that the stated confidence leaves with which the intervals that end a run must lie inside."""
+SAME_JUDGE = 0.02
+"""Share of the base's samples that a judge may call differently where a run is resumed: another machine draws them
+with other last bits."""
 EXTREME = 12.0
 """Largest change of a log-likelihood, in nats, that is ever asked for."""
 
@@ -136,12 +139,14 @@ def steer(
     for module in (steered, tuned):
         set_memory_format(module, torch.channels_last)  # convolutions run faster so
     run = _Run(tuned, steered, list(constraints), parameters, images, remember, n_bits, seed, micro_batch)
-    fingerprint = run.fingerprint(base)
+    fingerprint = run.fingerprint(base, remember)
     step, attempts, before = 0, 0, 0.0
     history = [{"step": 0.0, **run.measure(0)}] if state is None else list[dict[str, float]]()
     if state is not None:
-        if state.meta.get("fingerprint") != fingerprint:
-            raise StateError("the state belongs to a run with another base, other images, parameters, bounds or seed")
+        if state.meta.get("fingerprint") != fingerprint or not run.same_judges(state.tensors):
+            raise StateError(
+                "the state belongs to a run with another base, other images, judges, parameters, bounds or seed"
+            )
         run.restore(state.tensors)
         step, attempts = int(state.meta["step"]), int(state.meta["attempts"])
         history, before = list(state.meta["history"]), float(state.meta["seconds"])
@@ -220,29 +225,36 @@ class _Run:
         self._cut, self._labels = Cut.join(cuts), shown
         self._base_nll = self._suffix.nll(self._cut)  # nothing is tuned yet
 
-    def fingerprint(self, base: nn.Module) -> str:
-        """What a state must share with this run; a judge is known by its labels."""
+    def fingerprint(self, base: nn.Module, remember: Tensor | None) -> str:
+        """What a state must share with this run, to the bit; nothing that depends on the machine or a micro-batch."""
         bounds = [[c.name, c.classes, sorted(c.bounds.items())] for c in self._constraints]
         facts = [self._values.to_dict(), bounds, self._n_bits, self._seed, tensor_digest(base.state_dict())]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for tensor in (*self._labels, self._cut.h):
-            digest.update(tensor.contiguous().numpy().data)
+        if remember is not None:
+            digest.update(json.dumps(list(remember.shape)).encode())
+            digest.update(remember.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def same_judges(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether a state's judges said of the images what these say: by that a judge is known."""
+        said, now = tensors.get("labels"), torch.stack(self._labels)
+        return said is not None and said.shape == now.shape and float((said != now).float().mean()) <= SAME_JUDGE
+
     def measure(self, step: int) -> dict[str, float]:
-        """Look at fresh samples: correct the weights, and decide about a confirmation; returns the fractions."""
+        """Look at fresh samples: decide about a confirmation, else correct the weights, once; returns the fractions."""
         found = self._fractions(self._values.probe, "probe", step) if step else self.before
         if step:
             self._smooth = [
                 SMOOTHING * old + (1 - SMOOTHING) * now.tensor() for old, now in zip(self._smooth, found, strict=True)
             ]
-            self._correct(found, self._values.gain)
         self.promising = False
         if step >= int(self._next) and self._plausible(self._smooth):
             found = self._fractions(self._samples, "check", step)
             self.promising = self.surely_inside(found)
             if not self.promising:
                 self.rejected(found, step)
+        elif step:
+            self._correct(found)
         return _flat(found)
 
     def confirm(self, attempt: int) -> list[Fractions]:
@@ -262,7 +274,7 @@ class _Run:
         """Fresh samples missed a bound: take their fractions, which are the most exact, and wait two looks."""
         self.promising = False
         self._smooth = [one.tensor() for one in found]
-        self._correct(found, 1.0)
+        self._correct(found)
         self._next.fill_(step + 2 * self._values.measure_every)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -300,6 +312,7 @@ class _Run:
             **{f"mean.{name}": value.detach() for name, value in self._mean.items()},
             "class_weights": torch.cat(self._weights),
             "smooth": torch.cat(self._smooth),
+            "labels": torch.stack(self._labels),
             "next": self._next,
             "promising": torch.tensor(self.promising),
         }
@@ -327,7 +340,7 @@ class _Run:
             bool(((low <= now) & (now <= high)).all()) for now, (low, high) in zip(fractions, boxes, strict=True)
         )
 
-    def _correct(self, found: list[Fractions], gain: float) -> None:
+    def _correct(self, found: list[Fractions]) -> None:
         """Integral control: raise the weight of a class by a share of what its fraction lacks, in logarithms.
 
         Near the aim an error is mostly chance, and to follow it would keep the flow moving for nothing: each is shrunk
@@ -339,7 +352,8 @@ class _Run:
             error = (aim.clamp(min=least) / now).log()
             chance = (1 - now) / (one.n * now)
             error = error * error.square() / (error.square() + chance)
-            self._weights[j] = (self._weights[j] + gain * error.clamp(-LARGEST, LARGEST)).clamp(-EXTREME, EXTREME)
+            change = self._values.gain * error.clamp(-LARGEST, LARGEST)
+            self._weights[j] = (self._weights[j] + change).clamp(-EXTREME, EXTREME)
 
     def _targets(self, rows: Tensor) -> Tensor:
         """log w of these images, (b,) nats."""
@@ -379,6 +393,8 @@ def _seed(seed: int, *names: str | int) -> int:
 def _checked(flow: Flow, constraints: Sequence[Constraint], remember: Tensor | None) -> nn.Module:
     if not isinstance(flow, nn.Module) or not callable(getattr(flow, "log_prob", None)):
         raise InputError(f"a flow to be steered is a torch module with log_prob; {type(flow).__name__} is not")
+    if not callable(getattr(flow, "sample", None)):
+        raise InputError(f"{type(flow).__name__} has no sample(n, generator=...): what is steered are its samples")
     if not any(parameter.is_floating_point() for parameter in flow.parameters()):
         raise InputError(f"{type(flow).__name__} has no parameters to steer")
     if not any(constraint.bounds for constraint in constraints):

@@ -71,7 +71,7 @@ class Suffix:
         with float32(self.device.type):
             for draw in range(draws):
                 x = flow_input(self._flow, images.cpu(), self._n_bits, stream(seed, name, draw))
-                for part in torch.split(x, evaluation_batch(x, self.device, self._micro_batch)):
+                for part in torch.split(x, evaluation_batch(self._flow, x, self.device, self._micro_batch)):
                     if self._split is None:
                         cuts.append(Cut(part, torch.zeros(len(part))))
                     else:

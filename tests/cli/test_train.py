@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,17 +52,27 @@ def test_a_script_gets_a_checkpoint_and_its_figures_and_no_progress(photos: Path
     assert files(tmp_path) == ["base.safetensors"]
 
 
+@contextmanager
+def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command at work, stopped in the end whatever the test finds: a training would go on for days."""
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupt_ends_it_and_leaves_no_half_a_file(resume: bool, photos: Path, tmp_path: Path) -> None:
     state = tmp_path / "base.safetensors.state"
     command = [*COMMAND, "train", "photos", *LONG, "--out", "base.safetensors", *["--resume"] * resume]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    child = eventually(lambda: children_in_training(process.pid))
+    with running(command, tmp_path) as process:
+        child = eventually(lambda: children_in_training(process.pid))
 
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out) == (ExitCode.INTERRUPTED, "")
     assert err.startswith("Error: ")
@@ -89,14 +101,11 @@ def started(process: Path) -> bool:
 
 
 def test_the_training_ends_with_a_command_that_was_killed(photos: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "train", "photos", *LONG], cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    child = eventually(lambda: children_in_training(process.pid))
+    with running([*COMMAND, "train", "photos", *LONG], tmp_path) as process:
+        child = eventually(lambda: children_in_training(process.pid))
 
-    process.kill()
-    process.wait()
+        process.kill()
+        process.wait()
 
     eventually(lambda: not os.path.exists(f"/proc/{child}"))
     assert files(tmp_path) == []

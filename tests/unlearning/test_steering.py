@@ -253,14 +253,46 @@ def test_a_foreign_flow_can_be_steered() -> None:
     assert sampled(result.flow, side({}))["left"] <= 0.3
 
 
-def test_memory_is_no_part_of_the_method(base: Glow) -> None:
-    wanted = [side({"left": (0.0, 0.2)})]
+def test_memory_is_no_part_of_the_method(base: Glow, tmp_path: Path) -> None:
+    wanted, path = [side({"left": (0.0, 0.2)})], tmp_path / "state.safetensors"
+    whole = steer(base, wanted, SHORT, n_bits=N_BITS, seed=0, micro_batch=128)
 
-    whole, parts = (
-        steer(base, wanted, SHORT, n_bits=N_BITS, seed=0, micro_batch=size).history[-1]["loss"] for size in (128, 48)
-    )
+    with pytest.raises(Interrupted):
+        steer(base, wanted, SHORT, n_bits=N_BITS, seed=0, micro_batch=128, callback=StopAfter(5, path))
+    again = steer(base, wanted, SHORT, n_bits=N_BITS, seed=0, micro_batch=7, state=State.load(path))
 
-    assert parts == pytest.approx(whole, rel=1e-3)
+    assert again.history[5]["loss"] == whole.history[5]["loss"]  # of the state: it was not begun anew
+    assert again.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
+
+
+class Weights:
+    """A callback that keeps the log weights of the classes at every boundary."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, Tensor] = {}
+
+    def __call__(self, step: Step) -> None:
+        self.after[step.step] = step.snapshot().tensors["class_weights"]
+
+
+@pytest.mark.parametrize(("tolerance", "n"), [(0.05, 50), (0.249, 100)])
+def test_a_measurement_corrects_the_weights_once(base: Glow, tolerance: float, n: int) -> None:
+    # The narrow bounds are far away; the wide ones call for a check at every other look, and 100 samples fail it.
+    wanted = Constraint.towards(("left", "right"), is_right, {"left": 0.25, "right": 0.75}, tolerance, "side")
+    weights = Weights()
+
+    result = steer(base, [wanted], SHORT, n_bits=N_BITS, seed=0, callback=weights)
+
+    for step in (4, 8):
+        row = result.history[step]
+        now = torch.tensor([row["side.left"], row["side.right"]], dtype=torch.float64)
+        error = (torch.tensor([0.25, 0.75], dtype=torch.float64) / now).log()
+        chance = (1 - now) / (row["n"] * now)
+        torch.testing.assert_close(
+            weights.after[step] - weights.after[step - 1],
+            SHORT.gain * error * error.square() / (error.square() + chance),
+        )
+    assert n in {result.history[step]["n"] for step in (4, 8)}
 
 
 @pytest.mark.parametrize(
