@@ -8,9 +8,9 @@ batch, as in Richter et al., "VarGrad", 2020), on samples of the base. A flow of
 far, so the fractions of fresh samples correct w by integral control; and an interval on samples that no step has seen
 decides.
 
-Tried and left: weighted maximum likelihood (on digits, the change of log p then spreads three times as far within a
-class), score-function updates on own samples (on blobs, no nearer and at 2.5 times the time), and tuning all scales
-instead of the last (on digits, three times the time for the same trade).
+Tried and left: weighted maximum likelihood (on digits, slower, and every class moved beyond noise), score-function
+updates on own samples (on blobs, no nearer and at 2.5 times the time), and tuning all scales instead of the last (on
+digits, twice the time and no nearer).
 """
 
 import copy

@@ -30,7 +30,7 @@ class SteeringParameters:
     probe: int = 500
     """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
     gain: float = 1.0
-    """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]. Measured."""
+    """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]."""
     boost: float = 0.0
     """How many times the error of the latest fractions, in logarithms, is added to the weights: it hurries a run on
     while it is far from its aim, and vanishes there; [0, 100]."""
