@@ -55,7 +55,7 @@ def test_a_row_that_the_paper_does_not_have_stands_alone() -> None:
 
 
 def test_the_last_line_counts_every_run_and_those_that_were_confirmed() -> None:
-    figures = summary([row(), row(images=8, confirmed=0), row("outside", confirmed=1)], [], CURVE)
+    figures = summary([row(), row(images=8, confirmed=0), row("outside", confirmed=1)], [], CURVE, [])
 
     assert (figures["settings"], figures["runs"], figures["confirmed"]) == (3, 6, 3)
     assert (figures["set_sizes"], figures["set_sizes_met"]) == (2, 1)
@@ -64,7 +64,7 @@ def test_the_last_line_counts_every_run_and_those_that_were_confirmed() -> None:
 def test_the_named_figures_are_those_of_delta_4_within_training_beside_the_papers() -> None:
     rows = [row(images=1), row(images=9), row(delta=2.0, images=4), row("outside", images=8)]
 
-    figures = summary(rows, [], [])
+    figures = summary(rows, [], [], [])
 
     assert (figures["qd_same_1"], figures["seconds_9"]) == (0.5, 3.5)
     assert (figures["paper_qd_same_1"], figures["paper_qd_same_9"]) == (0.01, 0.15)
@@ -74,7 +74,7 @@ def test_the_named_figures_are_those_of_delta_4_within_training_beside_the_paper
 def test_the_worst_mean_is_by_magnitude() -> None:
     worse = dataclasses.replace(row(images=8), qd_unseen=-0.02, qd_remember=0.003)
 
-    figures = summary([row(), worse], [], [])
+    figures = summary([row(), worse], [], [], [])
 
     assert math.isclose(float(str(figures["qd_unseen_worst_mean"])), 0.02)
     assert math.isclose(float(str(figures["qd_remember_worst_mean"])), 0.003)
@@ -84,7 +84,7 @@ def test_the_worst_mean_is_by_magnitude() -> None:
 def test_a_figure_that_is_not_there_is_null_and_never_the_best_of_the_others(nearest: tuple[float, float]) -> None:
     rows = [dataclasses.replace(row(images=size), qd_nearest=x) for size, x in zip((4, 8), nearest, strict=True)]
 
-    figures = summary(rows, [{"name": "without L_R", "bpd": math.inf, "kid": math.nan, "met": False}], CURVE)
+    figures = summary(rows, [{"name": "without L_R", "bpd": math.inf, "kid": math.nan, "met": False}], CURVE, CURVE)
 
     assert figures["qd_nearest_worst_mean"] is None
     assert figures["ablation"] == [{"name": "without L_R", "bpd": None, "kid": None, "met": False}]
@@ -92,10 +92,10 @@ def test_a_figure_that_is_not_there_is_null_and_never_the_best_of_the_others(nea
 
 
 def test_without_rows_the_line_is_json_still() -> None:
-    figures = summary([], [], CURVE)
+    figures = summary([], [], CURVE, CURVE[:1])
 
     assert (figures["runs"], figures["qd_remember_worst_mean"]) == (0, None)
-    assert figures["set_size"] == CURVE
+    assert (figures["set_size"], figures["set_size_others"], figures["other_sets"]) == (CURVE, CURVE[:1], 1)
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
