@@ -1,6 +1,6 @@
 """How much sooner does the parallel sampler of a TarFlow invert it, and how soon is a person tamed out of one?
 
-    python -m benchmarks.tarflow [--quick]
+    python -m benchmarks.tarflow [--quick] [--device cuda]
 
 A TarFlow of 256 tokens and 4 blocks on the ORL faces (32 x 32, patches of 2 x 2), trained once and kept in the cache.
 
@@ -8,7 +8,8 @@ Sampling: the same latents are inverted in turn by (a) our sequential sampler, w
 place; (b) the parallel one (`models.tarflow_sampling.parallel`); (c) the default; (d) a sequential sampler that caches
 as the published code does: keys and values in lists that are concatenated anew for every token. All share the latents
 of a round, and rounds alternate; ratios are medians over rounds. max_residual is the largest |f(x) - z| of the whole
-flow in float32 over all images of the parallel sampler; the sequential one's own is printed beside it.
+flow in float32 over all images of the parallel sampler; the sequential one's own is printed beside it. An accelerator
+has a batch of 64 as well, whose figures end in `_batch_64`; what it has queued is done before a clock is read.
 
 Taming: five photos of a person by `unlearning.tame` with its default parameters, at 8 bits, to the confirmed stop, and
 the judge of `benchmarks.taming` on noise that the run has not seen. taming_seconds is the median over people. The last
@@ -48,6 +49,8 @@ RECIPE = TrainingRecipe(steps=1500, batch=8, learning_rate=3e-3, clip=200.0, ave
 """Bounded by steps: a busy machine takes longer and gives the same base. About five minutes on 2 cores."""
 FORGET_PHOTOS = 5
 PEOPLE_TAMED = (1, 13, 25)
+LARGE_BATCH = 64
+"""Images in the third batch of an accelerator."""
 
 
 def trained(faces: Faces, cache: Path | None = None) -> TarFlow:
@@ -141,14 +144,15 @@ def time_samplers(flow: TarFlow, batch: int, rounds: int) -> Samplers:
     reads: dict[str, int] = {}
     residual = own = difference = certificate = 0.0
     fallbacks = 0
+    device = flow.var.device
     for turn in range(rounds + 1):  # the first warms up
-        latents = torch.randn(batch, *flow.latent_shape, generator=torch.Generator().manual_seed(turn))
+        latents = torch.randn(batch, *flow.latent_shape, generator=torch.Generator().manual_seed(turn)).to(device)
         found: dict[str, Inverted] = {}
         for name, sampler in samplers.items():
-            start = time.perf_counter()
+            start = clock(device)
             found[name] = sampler(flow, latents)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock(device) - start)
             reads[name] = found[name].reads
         residual = _worst(residual, whole_residual(flow, found["parallel"], latents))
         own = _worst(own, whole_residual(flow, found["sequential"], latents))
@@ -165,6 +169,20 @@ def time_samplers(flow: TarFlow, batch: int, rounds: int) -> Samplers:
         print(f"  {name:>14} {statistics.median(spread) * 1e3:9.1f} ms  {reads[name]:5d} reads  {ratio}")
     print(f"  residual {residual:.1e} (sequential {own:.1e}), certificate {certificate:.1e}, {fallbacks} fallbacks")
     return timed
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything that the device was told to do is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def described(device: torch.device) -> str:
+    """The device's own name, for the figures to be read by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() if device.type == "cpu" else str(device)
 
 
 def _worst(*values: float) -> float:
@@ -184,12 +202,12 @@ def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> l
     print("taming   who    ok  steps  seconds      cpu   z min   QD(DF)  QD(D'F)   QD(DR) QD(DRid)   drift")
     rows = []
     for person in people:
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu = clock(flow.var.device), time.process_time()
         result = tame(
             flow, faces.of(person)[:FORGET_PHOTOS], faces.training(without=person), TamingParameters(),
             n_bits=N_BITS, seed=person,
         )  # fmt: skip
-        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        wall, cpu = clock(flow.var.device) - wall, time.process_time() - cpu
         if not isinstance(result.flow, TarFlow):
             raise TypeError(f"taming a TarFlow gave a {type(result.flow).__name__}")
         v = judge(result.flow, person, FORGET_PHOTOS)
@@ -203,20 +221,32 @@ def time_taming(flow: TarFlow, faces: Faces, people: list[int], draws: int) -> l
     return rows
 
 
-def summary(single: Samplers, crowd: Samplers, tokens: int, tamed: list[Tamed]) -> dict[str, float | int | None]:
-    """The figures of the last line, from the samplers at batch 1 and at batch 8; null: not finite, or not measured."""
+def summary(
+    single: Samplers, crowd: Samplers, tokens: int, tamed: list[Tamed], large: Samplers | None = None
+) -> dict[str, float | int | None]:
+    """The figures of the last line; null: not finite, or not measured.
+
+    They come from the samplers at batch 1, at batch 8 and, on an accelerator alone, at `LARGE_BATCH`.
+    """
+    all_batches = [single, crowd] if large is None else [single, crowd, large]
     figures: dict[str, float | int] = {
         "parallel_speedup": single.speedup("parallel", over="sequential"),
         "cached_ratio": single.speedup("sequential", over="concatenating"),
-        "max_residual": _worst(single.residual, crowd.residual),
+        "max_residual": _worst(*(timed.residual for timed in all_batches)),
         "tokens": tokens,
         "default_ratio_batch_1": single.speedup("default", over="sequential"),
         "default_ratio_batch_8": crowd.speedup("default", over="sequential"),
         "parallel_ratio_batch_8": crowd.speedup("parallel", over="sequential"),
         "cached_ratio_batch_8": crowd.speedup("sequential", over="concatenating"),
-        "largest_difference": _worst(single.difference, crowd.difference),
+        "largest_difference": _worst(*(timed.difference for timed in all_batches)),
         "taming_seconds": math.nan,
     }
+    if large is not None:
+        figures |= {
+            f"default_ratio_batch_{LARGE_BATCH}": large.speedup("default", over="sequential"),
+            f"parallel_ratio_batch_{LARGE_BATCH}": large.speedup("parallel", over="sequential"),
+            f"cached_ratio_batch_{LARGE_BATCH}": large.speedup("sequential", over="concatenating"),
+        }
     if tamed:
         figures |= {
             "taming_seconds": statistics.median(run.seconds for run in tamed),
@@ -238,26 +268,41 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds a batch size (default: 10)")
     parser.add_argument("--people", type=int, nargs="*", help=f"who is tamed away (default: {PEOPLE_TAMED})")
     parser.add_argument("--base", type=Path, help="checkpoint (default: the cached one, trained if need be)")
+    parser.add_argument("--device", default="cpu", help='where the flow is: "cpu", or an accelerator such as "cuda"')
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
+    device = usable(options.device)
     torch.set_num_threads(options.threads)
     faces = load_faces()
     flow = load_checkpoint(options.base) if options.base else trained(faces)
     if not isinstance(flow, TarFlow):
         raise SystemExit(f"{options.base} holds no TarFlow")
+    flow.to(device)
     rounds = options.rounds or (3 if options.quick else 10)
     people = options.people if options.people is not None else list(PEOPLE_TAMED[: 1 if options.quick else None])
 
     tokens, values = flow.latent_shape
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    load = f"{os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}"
+    print(f"on {described(device)}; {load}; PyTorch {torch.__version__}")
     print(f"{tokens} tokens of {values} values, {json.dumps(flow.architecture)}")
     generator = torch.Generator().manual_seed(SEED)
     for name, images in (("training", faces.training()), ("unseen people", faces.held_out())):
         bits = float(bits_per_dim(flow, images, n_bits=N_BITS, generator=generator).mean())
         print(f"  {bits:.3f} bits a dimension, {name}")
     single, crowd = time_samplers(flow, 1, rounds), time_samplers(flow, 8, rounds)
+    large = time_samplers(flow, LARGE_BATCH, rounds) if device.type != "cpu" else None
     tamed = time_taming(flow, faces, people, 3 if options.quick else 10) if people else []
-    print(json.dumps(summary(single, crowd, tokens, tamed), allow_nan=False))
+    print(json.dumps(summary(single, crowd, tokens, tamed, large), allow_nan=False))
+
+
+def usable(name: str) -> torch.device:
+    """The device of that name; SystemExit, with the reason, where it cannot hold a tensor."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own way to say no
+        raise SystemExit(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _show(progress: TrainingProgress) -> None:

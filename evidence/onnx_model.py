@@ -6,16 +6,20 @@ Whoever keeps a stranger's classifier in a process of its own imports this, and 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from evidence.errors import ClassifierFileError, ClassifierOutputError, ClassifierShapeError, TargetError
 from evidence.onnx_file import check_onnx
+
+# Some builds of the runtime report its use to their maker, from a thread that its import starts, unless this says no.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime  # reads it once, at import
 
 __all__ = ["BATCH", "OnnxModel", "OnnxSpec"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Guidance", "Inverted", "fastest", "free_tokens", "parallel", "sequential"]
 
 TOLERANCE = 1e-4
-"""Largest |f(x) - z| that the parallel sampler may leave in a block, in standard deviations of its output."""
+"""Largest |f_k(x) - z| that the parallel sampler may leave in a block, in standard deviations of the latents."""
 ACCEPT = 0.05
 """Share of the tolerance at which a token is taken for settled: what is left grows on the way through later blocks."""
 LEAST_FREE = 12.0
@@ -32,12 +32,13 @@ ALLOWANCE = 0.35
 """Share of a block's sequential cost that a window may waste before the block is finished one token at a time."""
 OVERHEAD_SECONDS = 1e-4
 """What a read costs in each layer however few tokens it has: the launches of some twenty small operations."""
-FLOPS = {"cpu": 3.5e10, "other": 1.5e13}
-"""Float32 operations a second, of one CPU thread and of an accelerator. Measured on CPU; a guess elsewhere."""
+FLOPS = {"cpu": 3.5e10, "other": 3e12}
+"""Float32 operations a second. Of one CPU thread: measured. Of an accelerator: not measured, but chosen low, some third
+of the peak of the slowest data-centre cards in use, so that `fastest` errs towards the sequential sampler."""
 SHARING = 0.75
 """Exponent by which threads add up."""
 BANDWIDTH = {"cpu": 1e10, "other": 2e12}
-"""Bytes a second at which a read streams its weights."""
+"""Bytes a second at which a read streams its weights; high for an accelerator, to err to the same side."""
 WEIGHTS = 12
 """Of a layer, in squares of its width."""
 
@@ -51,7 +52,8 @@ class Inverted:
     reads: int
     """Passes through a block, of one token or of a window."""
     residual: float | None
-    """Largest |f_k(x) - z| over all values of all blocks, by one parallel pass each; null where none was made."""
+    """Largest |f_k(x) - z| over all values of all blocks, by one parallel pass each, in standard deviations of the
+    latents (the square roots of the flow's `var`, for each token and value); null where no pass was made."""
     fallbacks: int = 0
     """Blocks whose residual was above the tolerance, and which were done again one token at a time."""
 
@@ -81,7 +83,7 @@ def sequential(
         reads += z.shape[1] - 1
         return x
 
-    images = _through(flow, latents, label, guidance, lambda decoder, z, _: invert(decoder, z))
+    images = _through(flow, latents, label, guidance, lambda decoder, z, *_: invert(decoder, z))
     return Inverted(images, reads, None)
 
 
@@ -116,10 +118,11 @@ def parallel(
     size = window if window is not None else round(WINDOW * free)
     reads, fallbacks, worst = 0, 0, 0.0
 
-    def invert(decoder: Decoder, z: Tensor, check: Callable[[Tensor], float]) -> Tensor:
+    def invert(decoder: Decoder, z: Tensor, unit: Tensor, check: Callable[[Tensor], float]) -> Tensor:
         nonlocal reads, fallbacks, worst
         x = z.clone()
-        reads += _slide(decoder, x, z, max(1, size), ACCEPT * tolerance, free if window is None else None)
+        accept = ACCEPT * tolerance * unit
+        reads += _slide(decoder, x, z, max(1, size), accept, free if window is None else None)
         left = check(x)
         if not left <= tolerance:
             _finish(decoder, x, z, 0)
@@ -141,7 +144,13 @@ def fastest(
 ) -> Inverted:
     """Invert by whichever sampler is sooner for this batch, width and device; arguments as in `parallel`.
 
-    A model of the cost decides, and no clock does: equal calls take equal ways, and give equal bits.
+    A model of the cost decides, and no clock does: equal calls take equal ways, and give equal bits. A run that is
+    taken up again draws its samples anew and needs them to be the same, which a choice by the clock would not promise.
+
+    The model is measured on CPUs. Of an accelerator it assumes less arithmetic than any in use has: there windows may
+    be narrower than would pay, or not be used where they would; but where they are used a read costs at most what the
+    model says, and one that gains nothing is given up as `parallel` does, for `ALLOWANCE` of the block.
+    `benchmarks.tarflow --device cuda` says what it comes to.
     """
     rows = len(latents) * (1 if guidance is None else 2)
     if free_tokens(flow, rows) < LEAST_FREE:
@@ -163,30 +172,37 @@ def _through(
     latents: Tensor,
     label: "Label",
     guidance: Guidance | None,
-    invert: Callable[[Decoder, Tensor, Callable[[Tensor], float]], Tensor],
+    invert: Callable[[Decoder, Tensor, Tensor, Callable[[Tensor], float]], Tensor],
 ) -> Tensor:
-    """Undo all blocks from the prior to the image, each by `invert(decoder, z, check)` in the block's own order."""
+    """Undo all blocks from the prior to the image, each by `invert(decoder, z, unit, check)` in the block's own order.
+
+    A difference counts in units of the latents' deviation in every block: flows of a variance have blocks that do not
+    scale, and all others have a variance of 1.
+    """
     if latents.shape[1:] != flow.latent_shape:
         raise ArchitectureError(f"latents of this flow are (b, *{flow.latent_shape}), not {tuple(latents.shape)}")
     if not bool(torch.isfinite(latents).all()):
         raise ImageError("the latents hold NaN or infinity; check what made them")
     labels = flow.labels(label, len(latents))
-    h = latents * flow.var.sqrt()  # (b, t, d)
+    deviation = flow.var.sqrt()[None]  # (1, t, d)
+    h = latents * deviation  # (b, t, d)
     with torch.autocast(h.device.type, enabled=False):
         for block in reversed(flow.chain() if len(latents) else []):
             z = block.ordered(h)
-            x = invert(Decoder(block, z, labels, guidance), z, _certificate(block, z, labels, guidance))
+            unit = block.ordered(deviation)
+            check = _certificate(block, z, unit, labels, guidance)
+            x = invert(Decoder(block, z, labels, guidance), z, unit, check)
             h = block.ordered(x)
     return flow.unscaled(h)
 
 
 def _certificate(
-    block: "Block", z: Tensor, label: Tensor | None, guidance: Guidance | None
+    block: "Block", z: Tensor, unit: Tensor, label: Tensor | None, guidance: Guidance | None
 ) -> Callable[[Tensor], float]:
     def check(x: Tensor) -> float:
-        """max |f(x) - z| by one parallel pass."""
+        """max |f(x) - z| / unit by one parallel pass: z (b, t, d), unit (1, t, d)."""
         a, b = guided_coefficients(block, x, label, guidance)
-        return float(((x - b) * torch.exp(-a) - z).abs().amax()) if x.numel() else 0.0
+        return float((((x - b) * torch.exp(-a) - z) / unit).abs().amax()) if x.numel() else 0.0
 
     return check
 
@@ -198,10 +214,11 @@ def _finish(decoder: Decoder, x: Tensor, z: Tensor, start: int) -> None:
         x[:, i + 1 : i + 2] = z[:, i + 1 : i + 2] * a.exp() + b
 
 
-def _slide(decoder: Decoder, x: Tensor, z: Tensor, window: int, accept: float, free: float | None) -> int:
+def _slide(decoder: Decoder, x: Tensor, z: Tensor, window: int, accept: Tensor, free: float | None) -> int:
     """Fill x (b, t, d) in behind its first token by a sliding window; returns the reads that it took.
 
-    x holds a guess of every token. `free` is the cost model's (`free_tokens`) where the window may be given up.
+    x holds a guess of every token; `accept` (1, t, d) is how far a settled one may lie from z. `free` is the cost
+    model's (`free_tokens`) where the window may be given up.
     """
     tokens = x.shape[1]
     start, reads, spent = 0, 0, 0.0  # tokens up to `start` are right, those before it read for good
@@ -212,7 +229,8 @@ def _slide(decoder: Decoder, x: Tensor, z: Tensor, window: int, accept: float, f
         reads += 1
         new = z[:, start + 1 : stop + 1] * a.exp() + b  # tokens start + 1 to stop
         moved = (new - x[:, start + 1 : stop + 1]).abs() * torch.exp(-a)  # (b, n, d): what is left, in latents
-        step = 1 + _leading(moved[:, :-1], accept)  # the last of them was not read itself
+        # the last of them was not read itself
+        step = 1 + _leading(moved[:, :-1], accept[:, start + 1 : stop])
         x[:, start + step : stop + 1] = new[:, step - 1 :]
         ahead = slice(stop + 1, stop + 1 + step)  # enter with the next read: guessed to be like the last
         x[:, ahead] = z[:, ahead] * a[:, -1:].exp() + b[:, -1:]
@@ -225,10 +243,7 @@ def _slide(decoder: Decoder, x: Tensor, z: Tensor, window: int, accept: float, f
     return reads
 
 
-def _leading(moved: Tensor, accept: float) -> int:
-    """How many tokens in front did not move by more than `accept`, in any row: moved (b, n, d)."""
-    largest: list[float] = moved.amax(dim=(0, 2)).tolist()
-    for count, value in enumerate(largest):
-        if not value <= accept:
-            return count
-    return len(largest)
+def _leading(moved: Tensor, accept: Tensor) -> int:
+    """How many tokens in front did not move by more than `accept`, in any row: moved (b, n, d), accept (1, n, d)."""
+    settled: list[bool] = (moved <= accept).all(dim=2).all(dim=0).tolist()
+    return settled.index(False) if False in settled else len(settled)

@@ -15,6 +15,7 @@ from scipy import special
 from torch import Tensor
 
 from unlearning.errors import InputError, ParameterError, UnreachableError
+from unlearning.reachability import FEWEST, Box, Group, untaught
 
 Judge = Callable[[Tensor], Tensor]
 """uint8 images (n, c, h, w) to labels (n,), integers in [0, number of classes). No gradient goes through it."""
@@ -27,13 +28,13 @@ ONE_SIDED = 0.02
 """How far inside a single bound the aim lies, at most; half of what the bound leaves, where that is less."""
 MOST_SAMPLES = 2**19
 """Samples that bounds may ask for; twice what 1 point of tolerance among 100 classes takes at 99.99 % confidence."""
-FEWEST = 5
-"""Samples of a class that the base must show before it can be asked for more of it."""
 ROUNDS = 500
 SETTLED = 1e-9
 """Largest change of a log weight in a round at which the projection has converged."""
 CLOSE = 1e-6
-"""How near to its bound a projected fraction must come for the bounds to count as compatible."""
+"""How near to its bound a projected fraction, and to 1 their sum, must come for the bounds to count as compatible."""
+NAMED = 5
+"""Classes that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def samples_needed(constraints: Sequence[Constraint], confidence: float) -> int:
     return most
 
 
-def aims(constraints: Sequence[Constraint], labels: Sequence[Tensor]) -> list[Tensor]:
+def aims(constraints: Sequence[Constraint], labels: Sequence[Tensor], confidence: float = 0.95) -> list[Tensor]:
     """Log weights w_j of the nearest distribution that keeps the bounds with room to spare, one (k_j,) a constraint.
 
     A class bounded on both sides aims at the middle, where the bounds of the others allow it.
@@ -198,33 +199,39 @@ def aims(constraints: Sequence[Constraint], labels: Sequence[Tensor]) -> list[Te
     Args:
         constraints: with their bounds.
         labels: what the judges say of the same samples of the base, one (n,) a constraint.
+        confidence: of the interval of what a refusal says that the base shows.
 
     Raises:
-        UnreachableError: no distribution over what the base shows keeps all bounds.
+        UnreachableError: no distribution over what the base shows keeps all bounds, or none that it can teach: samples
+            that it shows fewer than five of would have to become more.
     """
-    found, miss = project(labels, [constraint.box() for constraint in constraints])
+    boxes = [constraint.box() for constraint in constraints]
+    every = list(range(len(constraints)))
+    for some in ([[j] for j in every] if len(every) > 1 else []) + [every]:  # what one alone lacks is said of it alone
+        short = untaught([labels[j] for j in some], [boxes[j] for j in some])
+        if short:
+            raise _not_shown([constraints[j] for j in some], short, len(labels[0]), confidence)
+    found, miss = project(labels, boxes)
     if miss > CLOSE:
-        names = " and ".join(constraint.name for constraint in constraints)
-        raise UnreachableError(
-            f"the bounds of {names} cannot hold together over what the base shows: the nearest distribution still "
-            f"misses one by {miss:.3f}"
-        )
+        raise _apart(constraints, [count(*pair, confidence) for pair in zip(constraints, labels, strict=True)], miss)
     for share in (1.0, 0.5, 0.25):
-        weights, miss = project(labels, [_tightened(constraint, share) for constraint in constraints])
-        if miss <= CLOSE:
+        boxes = [_tightened(constraint, share) for constraint in constraints]
+        weights, miss = project(labels, boxes)
+        if miss <= CLOSE and not untaught(labels, boxes):
             found = weights
             break
     return [weight.log() for weight in found]
 
 
-def project(labels: Sequence[Tensor], boxes: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], float]:
+def project(labels: Sequence[Tensor], boxes: Sequence[Box]) -> tuple[list[Tensor], float]:
     """The I-projection of the samples' joint distribution onto bounded marginals, by Dykstra's alternating scheme.
 
     Each round scales one constraint's classes into their bounds, after the scaling it got last time was taken back.
     With bounds of no width this is iterative proportional fitting.
 
     Returns:
-        One weight a class for each constraint, (k_j,) float64, and the largest miss of any bound.
+        One weight a class for each constraint, (k_j,) float64, and the largest miss: of any bound, or of the sum, which
+        is not 1 where the classes that samples show leave no room for it.
     """
     cells, counts = torch.unique(torch.stack(list(labels), 1), dim=0, return_counts=True)  # (m, j), (m,)
     mass = counts.double() / counts.sum()
@@ -237,17 +244,18 @@ def project(labels: Sequence[Tensor], boxes: Sequence[tuple[Tensor, Tensor]]) ->
             now = torch.zeros_like(low).index_add_(0, cells[:, j], free)
             weights[j] = torch.where(now > 0, _scaled(now, low, high) / now.clamp(min=1e-300), 1.0)
             mass = free * weights[j][cells[:, j]]
-        miss = max(
+        misses = [
             float(torch.maximum(low - now, now - high).max())
             for (low, high), now in zip(boxes, _marginals(boxes, cells, mass), strict=True)
-        )
+        ]
+        miss = max(*misses, abs(float(mass.sum()) - 1))
         if len(boxes) == 1 or float((torch.cat(weights) / before).log().abs().max()) < SETTLED:
             break
     return weights, miss
 
 
 def check_reachable(constraints: Sequence[Constraint], measured: Sequence[Fractions]) -> None:
-    """Refuse what no steering can reach from what the base shows.
+    """Refuse what no steering can reach from what the base shows of one class; `aims` refuses the rest.
 
     Raises:
         UnreachableError: lowest fractions that sum to more than 1, highest ones to less, or more asked of a class than
@@ -256,18 +264,70 @@ def check_reachable(constraints: Sequence[Constraint], measured: Sequence[Fracti
     for constraint, found in zip(constraints, measured, strict=True):
         low, high = constraint.box()
         if float(low.sum()) > 1 or float(high.sum()) < 1:
-            raise UnreachableError(
-                f"the lowest fractions of {constraint.name} sum to {float(low.sum()):g}, the highest to "
-                f"{float(high.sum()):g}; 1 must lie between"
-            )
+            raise _apart([constraint], [found])
         for name, (lowest, _) in constraint.bounds.items():
             interval = found.intervals[name]
             if lowest > interval.value and found.hits[name] < FEWEST:
                 raise UnreachableError(
                     f"{constraint.name}: the base shows {name} in {found.hits[name]} of {found.n} samples (at most "
                     f"{interval.high:.2%} of them all); at least {lowest:.0%} cannot be learned from it",
-                    class_name=name, measured=interval.value, n=found.n, upper=interval.high,
+                    constraint=constraint.name, class_name=name, measured=interval.value, n=found.n,
+                    upper=interval.high,
                 )  # fmt: skip
+
+
+def _not_shown(
+    constraints: Sequence[Constraint], short: Sequence[Group], n: int, confidence: float
+) -> UnreachableError:
+    """Something else would have to take the place of what is bounded, and the base hardly shows it."""
+    hits = sum(group.hits for group in short)
+    interval = _clopper_pearson(hits, n, (1 - confidence) / 2)
+
+    def named(group: Group) -> str:
+        each = zip(constraints, group.classes, strict=True)
+        return " and ".join(_listed([constraint.classes[k] for k in some]) for constraint, some in each)
+
+    what = _listed([named(group) for group in short])
+    names = " and ".join(constraint.name for constraint in constraints)
+    return UnreachableError(
+        f"{names}: to keep the bounds, samples that show {what} would have to become more frequent, and the base shows "
+        f"that in {hits} of {n} samples, {interval.value:.2%} (at most {interval.high:.2%} of them all): it cannot be "
+        "learned from so few",
+        constraint=constraints[0].name if len(constraints) == 1 else None,
+        class_name=what, measured=interval.value, n=n, upper=interval.high,
+    )  # fmt: skip
+
+
+def _apart(
+    constraints: Sequence[Constraint], measured: Sequence[Fractions], miss: float | None = None
+) -> UnreachableError:
+    """Bounds that no fractions keep, with the class that is furthest from its own."""
+    misses = {
+        (j, name): max(low - found.values[name], found.values[name] - high)
+        for j, (constraint, found) in enumerate(zip(constraints, measured, strict=True))
+        for name, (low, high) in constraint.bounds.items()
+    }
+    j, name = max(misses, key=misses.__getitem__)
+    low, high = constraints[j].box()
+    interval, n = measured[j].intervals[name], measured[j].n
+    names = " and ".join(constraint.name for constraint in constraints)
+    why = (
+        f"the lowest fractions of {names} sum to {float(low.sum()):g}, the highest to {float(high.sum()):g}; 1 must "
+        "lie between"
+        if miss is None
+        else f"the bounds of {names} cannot hold together over what the base shows: the nearest distribution still "
+        f"misses one by {miss:.3f}"
+    )
+    return UnreachableError(
+        f"{why}. The base shows {name} in {interval.value:.2%} of {n} samples",
+        constraint=constraints[j].name, class_name=name, measured=interval.value, n=n, upper=interval.high,
+    )  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - NAMED
+    return " or ".join([*names[:NAMED], f"{more} more"] if more > 0 else names)
 
 
 def _tightened(constraint: Constraint, share: float) -> tuple[Tensor, Tensor]:
@@ -290,7 +350,7 @@ def _aim_and_room(low: float, high: float) -> tuple[float, float]:
     return (high - room if low <= 0 else low + room), room
 
 
-def _marginals(boxes: Sequence[tuple[Tensor, Tensor]], cells: Tensor, mass: Tensor) -> list[Tensor]:
+def _marginals(boxes: Sequence[Box], cells: Tensor, mass: Tensor) -> list[Tensor]:
     """Fractions of every class, (k_j,) a constraint, from the mass (m,) of cells (m, j)."""
     return [torch.zeros_like(low).index_add_(0, cells[:, j], mass) for j, (low, _) in enumerate(boxes)]
 

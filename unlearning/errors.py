@@ -35,7 +35,9 @@ class UnreachableError(UnlearningError):
     """Fractions that steering cannot reach from this base: ask for less, or for bounds that can hold together.
 
     Attributes:
-        class_name: the class that is asked for and not shown, where one is to blame.
+        constraint: the constraint whose class that is; None where several only fail together.
+        class_name: the class that is asked for and not shown, or furthest from its bounds; where only several classes,
+            or classes of several constraints at once, tell what is missing, all of them in words.
         measured: its fraction among samples of the base.
         n: how many samples that was measured on.
         upper: upper confidence bound of its fraction.
@@ -45,12 +47,14 @@ class UnreachableError(UnlearningError):
         self,
         message: str,
         *,
+        constraint: str | None = None,
         class_name: str | None = None,
         measured: float | None = None,
         n: int | None = None,
         upper: float | None = None,
     ) -> None:
         super().__init__(message)
+        self.constraint = constraint
         self.class_name = class_name
         self.measured = measured
         self.n = n

@@ -21,6 +21,13 @@ __all__ = ["WalledProcess"]
 
 WALLS = frozenset({"limits", "network", "files", "privileges"})
 LONGEST_FACTS = 4096
+# One thread; and some builds of onnxruntime report its use to their maker unless told not to.
+ENVIRONMENT = {
+    "LC_ALL": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
 logger = logging.getLogger("forgetd.sandbox")
 
 
@@ -40,7 +47,7 @@ class WalledProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a decoder's messages may quote the file
-            env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
             cwd=self._empty.name,
             start_new_session=True,
         )

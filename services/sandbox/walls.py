@@ -13,7 +13,7 @@ import struct
 import sys
 from typing import IO
 
-__all__ = ["grant_seconds", "isolate", "write_frame"]
+__all__ = ["cut_off", "grant_seconds", "isolate", "shut_in", "write_frame"]
 
 OPEN_FILES = 16
 NOBODY = 65534
@@ -23,21 +23,48 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def isolate(empty_folder: str, memory_bytes: int) -> list[str]:
-    """Give up what reading a file does not need; returns what this kernel and user allowed."""
+    """Give up what reading a file does not need; returns what this kernel and user allowed.
+
+    For a process whose libraries start no threads. One whose libraries do calls ``cut_off`` before it imports them, and
+    ``shut_in`` once they have loaded all that they read.
+
+    Raises:
+        RuntimeError: There is a second thread already.
+    """
+    return [*cut_off(), *shut_in(empty_folder, memory_bytes)]
+
+
+def cut_off() -> list[str]:
+    """Give up network and privileges: they go for this thread, and those that it starts later, alone.
+
+    Raises:
+        RuntimeError: There is a second thread already. It would keep both, and a user namespace is refused.
+    """
+    if sys.platform != "linux":
+        return []
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        raise RuntimeError(f"walls are raised in a process of one thread, and this one has {threads}")
+    done = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    user = () if os.geteuid() == 0 else (CLONE_NEWUSER,)
+    if libc.unshare(sum((CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS, *user))) == 0:
+        done.append("network")
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
+        done.append("privileges")
+    return done
+
+
+def shut_in(empty_folder: str, memory_bytes: int) -> list[str]:
+    """Give up files, root and the right to more than some memory; all threads of the process do."""
     done = ["limits"]
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    if libc is not None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        user = () if os.geteuid() == 0 else (CLONE_NEWUSER,)
-        if libc.unshare(sum((CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS, *user))) == 0:
-            done.append("network")
     try:
         os.chroot(empty_folder)
         os.chdir("/")
         done.append("files")
     except OSError:
         pass
-    if os.geteuid() == 0 and "network" in done:
+    if os.geteuid() == 0 and sys.platform == "linux":
         try:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -45,8 +72,6 @@ def isolate(empty_folder: str, memory_bytes: int) -> list[str]:
             done.append("user")
         except OSError:
             pass
-    if libc is not None and libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-        done.append("privileges")
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_FSIZE, 0)
     limit(resource.RLIMIT_NOFILE, OPEN_FILES)

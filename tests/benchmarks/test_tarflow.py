@@ -10,10 +10,21 @@ import pytest
 import torch
 
 from benchmarks.orl_judge import Verdict
-from benchmarks.tarflow import Samplers, Tamed, concatenating, summary, whole_residual
+from benchmarks.tarflow import (
+    LARGE_BATCH,
+    Samplers,
+    Tamed,
+    concatenating,
+    described,
+    summary,
+    time_samplers,
+    usable,
+    whole_residual,
+)
 from models.tarflow import TarFlow
 from models.tarflow_sampling import sequential
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 PROMISED = {"parallel_speedup", "cached_ratio", "max_residual", "tokens", "taming_seconds"}
 SINGLE = Samplers(
     {"sequential": [4.0, 6.0, 8.0], "parallel": [1.0, 2.0, 2.0], "default": [1.0, 3.0, 8.0],
@@ -82,6 +93,36 @@ def test_a_person_whom_the_judge_does_not_confirm_is_counted_as_missed() -> None
     figures = summary(SINGLE, CROWD, 256, [TAMED, turned_down, cut_off])
 
     assert (figures["taming_people"], figures["taming_confirmed"], figures["taming_seconds"]) == (3, 1, 70)
+
+
+def test_the_large_batch_of_an_accelerator_adds_keys_and_takes_none_away() -> None:
+    without = summary(SINGLE, CROWD, 256, [TAMED])
+    large = dataclasses.replace(CROWD, residual=7e-5)
+
+    figures = summary(SINGLE, CROWD, 256, [TAMED], large)
+
+    assert figures.keys() - without.keys() == {
+        f"{name}_ratio_batch_{LARGE_BATCH}" for name in ("default", "parallel", "cached")
+    }
+    assert (figures["parallel_ratio_batch_64"], figures["cached_ratio_batch_64"]) == (0.8, 0.5)
+    assert figures["max_residual"] == 7e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_samplers_are_timed_on_the_device_of_the_flow(device: str) -> None:
+    timed = time_samplers(flow().to(usable(device)), 2, 2)
+
+    assert set(timed.seconds) == {"sequential", "parallel", "default", "concatenating"}
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in timed.seconds.values())
+    assert max(timed.residual, timed.difference) < 1e-3
+    assert described(torch.device(device))
+
+
+def test_a_device_that_is_not_there_is_named_with_the_reason() -> None:
+    with pytest.raises(SystemExit, match="'meta' cannot be used here: "):
+        usable("meta")
+    with pytest.raises(SystemExit, match="'nonsense' cannot be used here: "):
+        usable("nonsense")
 
 
 def test_where_nobody_was_tamed_the_promised_key_is_null() -> None:

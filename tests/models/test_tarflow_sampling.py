@@ -70,6 +70,27 @@ def test_the_parallel_sampler_keeps_its_certificate_and_needs_no_more_reads_than
     torch.testing.assert_close(flow(found.images)[0], z, rtol=0, atol=3e-4)  # three blocks, each within 1e-4
 
 
+@pytest.mark.parametrize("window", [None, 15])
+@pytest.mark.parametrize("variance", [1e-4, 1.0, 30.0])
+def test_the_certificate_is_in_standard_deviations_of_the_latents(variance: float, window: int | None) -> None:
+    flow, z = small(), latents(3)
+    spread = torch.linspace(0.5, 1.5, z[0].numel()).view_as(z[0])
+    flow.var.copy_(variance * spread)
+    largest = 0.0
+
+    with torch.no_grad():
+        for block in flow.chain():  # as in flows of a variance: blocks that shift and do not scale
+            half = block.proj_out.weight.shape[0] // 2
+            block.proj_out.weight[:half], block.proj_out.bias[:half] = 0, 0
+        found = parallel(flow, z, window=window)
+        largest = float((flow(found.images)[0] - z).abs().max())
+
+    assert found.residual is not None
+    assert found.residual <= 1e-4 or found.fallbacks
+    assert largest <= 3e-4 + 2e-6 / variance**0.5  # three blocks, each within 1e-4; and float32 of images of about 1
+    assert largest <= 3 * found.residual + 2e-6 / variance**0.5
+
+
 def test_a_wide_window_saves_reads() -> None:
     flow, z = small(), latents(1)
 

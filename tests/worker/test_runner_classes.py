@@ -14,10 +14,11 @@ from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
 from models.families import FAMILIES
 from models.protocol import CheckpointedFlow
-from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, blobs, generator, one_thread, tiny
+from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, Recorder, blobs, generator, one_thread, tiny
 from unlearning.classes import CLASS_TAMING, remove_class
 from worker.runner.base import load_base
-from worker.runner.own_classes import OwnClasses
+from worker.runner.class_bounds import gone
+from worker.runner.own_classes import OwnClasses, spread
 
 FORGOTTEN = 1
 
@@ -158,11 +159,20 @@ def test_a_flow_without_classes_is_refused(tmp_path: Path) -> None:
     assert "has no classes of its own" in problem["detail"]
 
 
-@pytest.mark.parametrize("sent", [False, True])
-def test_class_taming_that_falls_short_says_so_and_does_not_call_itself_unlearning(sent: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "told", "probed"),
+    [
+        (0, "128 samples of it", "5 samples of the class by the base flow, drawn for this alone"),
+        (6, "by 6 images", "5 samples of the class by the base flow, drawn for this alone"),
+        (24, "by 19 images", "5 of the 24 images that the requester supplied, held out from taming"),
+    ],
+)
+def test_class_taming_that_falls_short_says_so_and_probes_with_images_that_no_step_has_seen(
+    sent: int, told: str, probed: str, tmp_path: Path
+) -> None:
     bench = _in_the_weights(tmp_path)
     if sent:
-        bench.job["inputs"]["forget"] = bench.images("forget", blobs(6, seed=5))
+        bench.job["inputs"]["forget"] = bench.images("forget", blobs(sent, seed=5))
 
     result = bench.run_here().result
 
@@ -173,7 +183,9 @@ def test_class_taming_that_falls_short_says_so_and_does_not_call_itself_unlearni
     assert report["kind"] == "access removal"
     used = {one["name"]: one["value"] for one in report["provenance"]["parameters"]}
     assert used.items() >= CLASS_TAMING.items()
-    assert any("by 6 images" in note if sent else "128 samples of it" in note for note in report["notes"])
+    assert any(told in note for note in report["notes"])
+    assert f"The probe of relearning fitted a prior to {probed}." in report["notes"]
+    assert report["relearn"]["images"] == 5
 
 
 def test_a_class_is_forgotten_in_the_weights_of_a_flow_that_embeds_it(tmp_path: Path) -> None:
@@ -192,15 +204,84 @@ def test_a_class_is_forgotten_in_the_weights_of_a_flow_that_embeds_it(tmp_path: 
     assert any("here that fraction decides nothing" in note for note in bench.report()["notes"])
 
 
+def _with_classes(folder: Path, family: str, n_classes: int) -> Bench:
+    """A job that takes class 1 of so many away at the prior."""
+    architecture = {**TINY[family], "n_classes": n_classes}
+    bench = Bench(folder, FAMILIES[family].flow((1, SIDE, SIDE), N_BITS, **architecture, generator=generator()))
+    bench.job.update(method="class-removal", target={"class_label": FORGOTTEN, "where": "prior"})
+    return bench
+
+
+def _own(bench: Bench, recorder: Recorder | None = None) -> OwnClasses:
+    return OwnClasses.of(load_base(bench.job, bench.folder), 0, recorder or Recorder(), pointer="")
+
+
 def test_a_class_that_is_gone_has_no_share_and_is_never_read(tmp_path: Path) -> None:
     flow = FAMILIES["tarflow"].flow((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
     bench = Bench(tmp_path, cast(CheckpointedFlow, remove_class(cast(nn.Module, flow), 0).flow))
 
-    own = OwnClasses.of(load_base(bench.job, bench.folder), 0, pointer="")
+    own = _own(bench)
 
     assert own.shares == {1: 0.5, 2: 0.5}
     assert set(own.judge(blobs(8)).tolist()) <= {1, 2}
-    assert own.read_as(0) == {1: 0.0, 2: 0.0}
+    assert own.read_as(0, own.shares, 40, "here") == 0
+    assert own.read_as(1, own.shares, 40, "here") + own.read_as(2, own.shares, 40, "here") == 40
+
+
+@pytest.mark.parametrize("n", [7, 100, 1001])
+@pytest.mark.parametrize("shares", [{0: 0.5, 3: 0.3, 4: 0.2}, dict.fromkeys(range(150), 1 / 150), {2: 1.0}])
+def test_samples_are_spread_over_classes_by_their_shares(shares: dict[int, float], n: int) -> None:
+    drawn = spread(shares, n, seed=4)
+
+    assert len(drawn) == n
+    assert all(abs(int((drawn == label).sum()) - share * n) < 1 for label, share in shares.items())
+    assert set(drawn.tolist()) <= set(shares)
+
+
+def test_where_there_are_more_classes_than_samples_each_is_drawn_as_often_as_another() -> None:
+    shares = dict.fromkeys(range(40), 1 / 40)
+
+    drawn = torch.stack([spread(shares, 10, seed=seed).bincount(minlength=40) for seed in range(400)])
+
+    assert drawn.max() == 1
+    assert (drawn.double().mean(0) - 0.25).abs().max() < 0.09  # 4 standard errors of 400 tries
+
+
+def test_one_of_many_classes_must_become_rarer_than_it_is(tmp_path: Path) -> None:
+    recorder = Recorder()
+    own = _own(_with_classes(tmp_path, "class-prior", 120), recorder)
+
+    asked = gone(own, FORGOTTEN)
+
+    (bound,) = asked.constraints[0].bounds.values()
+    assert 0 < bound.high < 0.2 * own.shares[FORGOTTEN]  # the base misses it, and so does half a removal
+    assert asked.samples > 10_000
+    drawn = [message["total"] for message in recorder.messages if message["type"] == "progress"]
+    assert {2000, 200} <= set(drawn)
+    assert max(drawn) < 120 * 200
+
+
+@pytest.mark.parametrize(("family", "n_classes"), [("tarflow", 120), ("class-prior", 2000)])
+def test_what_takes_too_long_to_show_is_refused_before_anything_is_drawn(
+    family: str, n_classes: int, tmp_path: Path
+) -> None:
+    ended = _with_classes(tmp_path, family, n_classes).run_here()
+
+    assert [message["type"] for message in ended.messages] == ["error"]
+    assert ended.problem["type"] == "urn:forgetd:problem:insufficient-evidence"
+    assert ended.problem["needed"] > ended.problem["given"]
+    assert f"{ended.problem['needed']:,}" in ended.problem["detail"]
+    assert "`attributes` instead of `class_label`, with an ONNX classifier" in ended.problem["detail"]
+    assert ended.problem["errors"][0]["pointer"] == "/target/class_label"
+
+
+def test_a_long_reading_says_how_far_it_is(tmp_path: Path) -> None:
+    bench, recorder = _with_classes(tmp_path, "tarflow", 5), Recorder()
+    own = OwnClasses.of(load_base(bench.job, bench.folder), 0, recorder, pointer="", quiet_seconds=0)
+
+    own.judge(blobs(30))
+
+    assert (recorder.messages[-1]["step"], recorder.messages[-1]["total"]) == (150, 150)
 
 
 def test_class_taming_resumes_to_the_same_bits(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_a_target_that_the_base_cannot_reach_is_refused_before_the_first_step(tm
     assert ended.problem["errors"][0]["pointer"] == "/target/attributes/0"
 
 
+def test_what_one_of_two_judges_of_the_same_classes_cannot_get_is_pointed_at(tmp_path: Path) -> None:
+    bench = _attributes(tmp_path, {"class": "bright", "at_most": 0.9}, {"class": "bright", "at_most": 0.5})
+    judge = bench.job["target"]["attributes"][0]["judge"]
+    bench.job["target"]["attributes"][1]["judge"] = {**judge, "threshold": 0.001}  # all samples are bright
+
+    ended = bench.run_here()
+
+    assert not [message for message in ended.messages if message["type"] == "phase"]
+    assert ended.problem["type"] == "urn:forgetd:problem:target-unreachable"
+    assert (ended.problem["class"], ended.problem["measured"], ended.problem["samples"]) == ("dark", 0.0, QUICK["pool"])
+    assert 0 < ended.problem["upper"] < 0.01
+    assert [one["pointer"] for one in ended.problem["errors"]] == ["/target/attributes/1"]
+
+
 def test_a_classifier_of_another_input_shape_is_refused(tmp_path: Path) -> None:
     judge = write_brightness(tmp_path / "inputs" / "classifiers" / "0.onnx", side=12)
     bench = _debias(tmp_path, judge)

@@ -125,3 +125,23 @@ def test_torch_and_our_models_work_behind_the_walls(tmp_path: Path) -> None:
     )
 
     assert done.stdout.strip() == "262144.0", done.stderr
+
+
+def test_walls_are_not_raised_beside_a_thread_that_they_would_not_hold(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading\nfrom pathlib import Path\nfrom worker.runner import sandbox\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "sandbox.close_doors(Path(sys.argv[1]))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert "RuntimeError: walls are raised in a process of one thread, and this one has 2" in done.stderr

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 import unlearning
-from evidence.fractions import CONFIDENCE, Bound
 from evidence.likelihood import derive_seed
 from evidence.report import Criterion
 from evidence.steering_records import FractionBounds, RelearnProbe, SteeringEvaluation
@@ -32,23 +32,21 @@ from unlearning.classes import (
 )
 from worker.runner.artifacts import Work
 from worker.runner.base import Base, check_likelihoods, load_base, parameters_of
+from worker.runner.class_bounds import check_affordable, gone
 from worker.runner.contract import Reporter, Stop
 from worker.runner.own_classes import OwnClasses
 from worker.runner.problems import UserError
-from worker.runner.samples import Asked, Change, conclude, samples_around, samples_below
+from worker.runner.samples import Asked, Change, conclude, samples_around
 from worker.runner.sets import Remember, reader_of, remember_of
 from worker.runner.steps import Clock, drive, earlier_state
 
 __all__ = ["run"]
 
-MOST_LEFT = 0.01
-"""Share of samples that may still show the class, beyond those of others that the judge takes for it."""
-MOVED = 0.4
-"""Share of that by which changed weights may move what the judge finds, and the job is still to pass: it decides how
-many samples are judged."""
 FORGET_SAMPLES = 128
 """Samples of the class that stand in for images of it."""
 PROBE_IMAGES = 5
+HELD_OUT_OF = 20
+"""Images of the class from which on those of the probe of relearning are held out from taming."""
 PROBE_SAMPLES = 300
 
 T = TypeVar("T")
@@ -65,7 +63,9 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     with stop.at_once():
         base = load_base(job, folder)
         pointer = "/attribute" if job["kind"] == "debias" else "/target/class_label"
-        own = OwnClasses.of(base, job["seed"], pointer=pointer)
+        own = OwnClasses.of(base, job["seed"], reporter, pointer=pointer)
+        if job["kind"] != "debias":
+            check_affordable(own, int(job["target"]["class_label"]))
         check_likelihoods(base, own.drawn(next(iter(own.shares)), 8, "likelihoods"), job["seed"])
     if job["method"] == "class-taming":
         change, asked = _tame(job, folder, own, reporter, stop, began)
@@ -82,9 +82,10 @@ def _remove(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
     label = int(job["target"]["class_label"])
     edit = _asked_for("/target/class_label", lambda: remove_class(own.flow, label))
     work = Work(engine="closed form", parameters={"class_label": label, "where": "prior"}, defaults={})
-    relearn = _relearn(edit.flow, own, label, own.drawn(label, PROBE_IMAGES, "probe"))
-    change = Change(edit.flow, work, kind=edit.kind, notes=[edit.statement], relearn=relearn)
-    return change, _gone(own, label, moved=MOVED)
+    asked, examples = gone(own, label), _drawn_examples(own, label)
+    notes = [edit.statement, *_probe_notes(own, examples)]
+    relearn = _relearn(edit.flow, own, label, examples.images)
+    return Change(edit.flow, work, kind=edit.kind, notes=notes, relearn=relearn), asked
 
 
 def _distribute(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]:
@@ -110,10 +111,20 @@ def _distribute(job: Mapping[str, Any], own: OwnClasses) -> tuple[Change, Asked]
 
 
 @dataclass(frozen=True)
+class _Examples:
+    """Images of the class that the probe of relearning fits a prior to, uint8 (n, c, h, w); no step has seen them."""
+
+    images: Tensor
+    source: str
+    """What they are, for the report."""
+
+
+@dataclass(frozen=True)
 class _Sets:
     """What class taming reads, as the model takes it."""
 
     forget: Tensor
+    probe: _Examples
     remember: Remember
     held_out: Tensor | None
     fitting: str
@@ -130,7 +141,7 @@ def _tame(
         others = _asked_for("/target/class_label", lambda: remove_class(own.flow, label)).flow
         without = replace(base, checkpointed=cast(CheckpointedFlow, others))
         sets = _read_sets(job, folder, own, label, without, parameters)
-        asked = _gone(own, label, moved=MOVED)
+        asked = gone(own, label)
         state = earlier_state(job, folder)
 
     def method(state: State | None, callback: Callback) -> TamedClass:
@@ -166,11 +177,11 @@ def _tame(
         work,
         kind=tamed.kind,
         seconds={"validating": validated - began, "unlearning": taming.seconds},
-        notes=[tamed.statement, sets.note],
+        notes=[tamed.statement, sets.note, *_probe_notes(own, sets.probe)],
         criteria=[_unlikely(tamed, parameters)],
         remember=sets.remember.without(taming.removed_near_duplicates),
         held_out=sets.held_out,
-        relearn=_relearn(tamed.flow, own, label, sets.forget[:PROBE_IMAGES]),
+        relearn=_relearn(tamed.flow, own, label, sets.probe.images),
         facts={"near_duplicates_removed": len(taming.removed_near_duplicates), "image_fitting": sets.fitting},
         summary={"smallest_z": min(taming.z), "round_trip": tamed.round_trip},
     )
@@ -189,39 +200,41 @@ def _read_sets(
     reader = reader_of(job, folder, own.base)
     given = job["inputs"]["forget"]
     if given:
-        forget = reader.read(given, "target").without_copies().pixels
+        forget, probe = _held_out(own, label, reader.read(given, "target").without_copies().pixels)
         note = f"The class was forgotten by {len(forget)} images of it that the requester supplied."
     else:
-        forget = own.drawn(label, FORGET_SAMPLES, "forget")
+        forget, probe = own.drawn(label, FORGET_SAMPLES, "forget"), _drawn_examples(own, label)
         note = (
             f"No images of the class were supplied: {len(forget)} samples of it, by the base flow, stood in for them."
         )
     rms = parameters.near_duplicate_rms
     remember = remember_of(job, reader, others, forget=forget, near_duplicate_rms=rms)
     held_out = reader.read_or_none((job["inputs"].get("evaluation") or {}).get("held_out"), "held_out")
-    return _Sets(forget, remember, held_out, reader.fitting(), note)
+    return _Sets(forget, probe, remember, held_out, reader.fitting(), note)
 
 
-def _gone(own: OwnClasses, label: int, *, moved: float) -> Asked:
-    """What a flow without the class is to show: the judge finds it no more often than it misreads the others as it."""
-    name, classes, shares = own.judge.classes[label], len(own.judge.classes), own.shares
-    read = own.read_as(label)
-    misread = sum(shares[of] * rate for of, rate in read.items() if of != label) / (1 - shares[label])
-    shown = shares[label] * read[label] + (1 - shares[label]) * misread
-    bound = Bound(0.0, min(1.0, misread + MOST_LEFT))
-    samples = samples_below(misread + moved * MOST_LEFT, bound, confidence=CONFIDENCE, classes=classes)
-    note = (
-        f"The judge of samples is the base flow's own classification, held against its own misreadings: it takes "
-        f"{100 * misread:.1f} % of the base's samples of the other classes for class {name}, and the bound lies "
-        f"{100 * MOST_LEFT:g} points above that. What the base cannot tell, it cannot see. An outside judge, an ONNX "
-        f"classifier of the store, is asked for by a job whose target names attributes instead."
-    )
-    if shown <= bound.high:
-        note += (
-            f" This judge finds the class in {100 * shown:.1f} % of the base's own samples, which keep the bound too: "
-            f"here that fraction decides nothing, and an outside judge is needed."
-        )
-    return Asked([FractionBounds.at_most(own.judge, {name: bound.high})], samples, CONFIDENCE, note)
+def _held_out(own: OwnClasses, label: int, given: Tensor) -> tuple[Tensor, _Examples]:
+    """The requester's images to forget, and those of the probe: some of theirs, if enough are left without them."""
+    if len(given) < HELD_OUT_OF or not isinstance(own.flow, ClassPriorFlow):
+        return given, _drawn_examples(own, label)
+    generator = torch.Generator().manual_seed(derive_seed(own.seed, "held out"))
+    held = torch.randperm(len(given), generator=generator)[:PROBE_IMAGES]
+    kept = torch.ones(len(given), dtype=torch.bool)
+    kept[held] = False
+    source = f"{PROBE_IMAGES} of the {len(given)} images that the requester supplied, held out from taming"
+    return given[kept], _Examples(given[held], source)
+
+
+def _drawn_examples(own: OwnClasses, label: int) -> _Examples:
+    source = f"{PROBE_IMAGES} samples of the class by the base flow, drawn for this alone"
+    return _Examples(own.drawn(label, PROBE_IMAGES, "probe"), source)
+
+
+def _probe_notes(own: OwnClasses, examples: _Examples) -> list[str]:
+    """Where the probe's images come from; nothing where there is no prior to fit."""
+    if not isinstance(own.flow, ClassPriorFlow):
+        return []
+    return [f"The probe of relearning fitted a prior to {examples.source}."]
 
 
 def _relearn(

@@ -26,8 +26,8 @@ from evidence.onnx_model import OnnxSpec
 from evidence.steering_records import FractionBounds
 from worker.runner.base import Base
 from worker.runner.images import Reader
-from worker.runner.judge_process import WalledModel
 from worker.runner.problems import UserError
+from worker.runner.walled_model import JudgeProcess, WalledModel
 
 __all__ = ["Judge", "Wanted", "refused_by_judge", "wanted_of"]
 
@@ -61,6 +61,8 @@ class Wanted:
     """By class; the others are free."""
     digest: str | None
     """SHA-256 of the classifier's file; None for a trained judge."""
+    pointers: Mapping[str, str]
+    """Where in the request each bounded class is asked for."""
 
     def asked(self) -> FractionBounds:
         """As the evaluation takes it."""
@@ -109,11 +111,11 @@ def refused_by_judge(pointer: str) -> Iterator[None]:
 
 
 class _Walled:
-    """A caller's ONNX classifier; its session is opened in a process without network, other files or much memory."""
+    """A caller's ONNX classifier, asked in a process without network, other files or much memory."""
 
-    def __init__(self, path: Path, spec: OnnxSpec, image_shape: tuple[int, int, int]) -> None:
-        self.name, self.classes, self._image_shape = spec.name, spec.classes, image_shape
-        self._model = WalledModel(path, spec, image_shape)
+    def __init__(self, model: WalledModel, image_shape: tuple[int, int, int]) -> None:
+        self.name, self.classes, self._image_shape = model.name, model.classes, image_shape
+        self._model = model
 
     def __call__(self, images: Tensor) -> Tensor:
         """Labels (n,) int64 of images (n, c, h, w) uint8."""
@@ -127,6 +129,7 @@ class _Bench:
     def __init__(self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Base) -> None:
         self._seed, self._folder, self._reader, self._base = job["seed"], folder, reader, base
         self._names: set[str] = set()
+        self._process: JudgeProcess | None = None
 
     def judge(self, spec: Mapping[str, Any], pointer: str) -> Judge:
         """The judge that a request names at `pointer`."""
@@ -149,7 +152,10 @@ class _Bench:
             scale=(tuple(scale["mean"]), tuple(scale["std"])) if isinstance(scale, dict) else "unit",
             name=self._unique(spec.get("name") or "classifier"),
         )
-        return _Walled(self._folder / spec["onnx"], described, self._base.image_shape)
+        path = self._folder / spec["onnx"]
+        if self._process is None:  # one for all of them: together they have the memory and the core of one
+            self._process = JudgeProcess(path.parent)
+        return _Walled(self._process.open(path, described, self._base.image_shape), self._base.image_shape)
 
     def _from_sets(self, sets: Mapping[str, list[str]], place: str) -> Classifier:
         images = {
@@ -175,7 +181,7 @@ def _debias(job: Mapping[str, Any], bench: _Bench) -> Wanted:
     judge = bench.judge(job["attribute"], "/attribute")
     with refused_by_judge(pointer):
         bounds = FractionBounds.distribution(judge, target, float(job["tolerance"])).bounds
-    return Wanted(judge, bounds, job["attribute"].get("sha256"))
+    return Wanted(judge, bounds, job["attribute"].get("sha256"), dict.fromkeys(bounds, pointer))
 
 
 def _attributes(job: Mapping[str, Any], bench: _Bench, numbers: list[int]) -> Wanted:
@@ -183,6 +189,7 @@ def _attributes(job: Mapping[str, Any], bench: _Bench, numbers: list[int]) -> Wa
     spec = asked[numbers[0]]["judge"]
     judge = bench.judge(spec, f"/target/attributes/{numbers[0]}")
     bounds: dict[str, Bound] = {}
+    pointers = {one["class"]: f"/target/attributes/{number}" for number, one in asked.items()}
     for number, one in asked.items():
         low, high = one.get("at_least"), one.get("at_most")
         bound = Bound(0.0 if low is None else low, 1.0 if high is None else high)
@@ -191,7 +198,7 @@ def _attributes(job: Mapping[str, Any], bench: _Bench, numbers: list[int]) -> Wa
         with refused_by_judge(f"/target/attributes/{number}/class"):
             FractionBounds(judge, {one["class"]: bound.low}, {one["class"]: bound.high})  # does it tell the class?
         bounds[one["class"]] = bound
-    return Wanted(judge, bounds, spec.get("sha256"))
+    return Wanted(judge, bounds, spec.get("sha256"), pointers)
 
 
 def _unprovable(bound: Bound, pointer: str) -> UserError:

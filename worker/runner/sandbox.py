@@ -19,12 +19,13 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FrameType, ModuleType
 
-__all__ = ["CpuTimeSpent", "close_doors", "limit_resources"]
+__all__ = ["CpuTimeSpent", "close_doors", "die_with", "limit_resources"]
 
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
-PR_SET_NO_NEW_PRIVS = 38
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_NO_NEW_PRIVS = 38
 
 # Landlock (Linux 5.13 and later); the same numbers on every architecture.
 SYS_CREATE_RULESET, SYS_ADD_RULE, SYS_RESTRICT_SELF = 444, 445, 446
@@ -50,7 +51,9 @@ READABLE = (
     "/proc/cpuinfo",  # without it torch takes the processor for one that it cannot run on
 )
 PYTHONS = ("bin", "lib", "lib64", "pyvenv.cfg")  # of an interpreter's or a virtual environment's folder
-# What the reader is made of. Their parent is not readable: a checkout holds .forgetd, with credentials and scratch.
+LIBRARIES = ("site-packages", "dist-packages")  # folders of modules that lie elsewhere, such as a user's own
+# What the reader of checkpoints is made of. Their parent is not readable: a checkout holds .forgetd, with credentials
+# and scratch.
 PACKAGES = ("models", "worker")
 OPEN_FILES = 256
 OUTPUT_PER_SOURCE = 4
@@ -61,25 +64,53 @@ class CpuTimeSpent(Exception):
     """The file took more CPU time to read than the converter grants."""
 
 
-def close_doors(folder: Path) -> list[str]:
+def close_doors(folder: Path, packages: Sequence[str] = PACKAGES) -> list[str]:
     """No network, no new privileges, no core dump, and no file but Python's own, our code and those of ``folder``.
 
-    Call it while the process has one thread. Returns the walls that stand, for tests.
+    Call it before a library is imported that starts threads (onnxruntime and OpenBLAS may, at import): the walls hold
+    for the thread that raises them and those that it starts later, and the kernel gives no process of several threads
+    a user namespace.
+
+    Args:
+        folder: what stays open, for reading and writing.
+        packages: ours that can still be imported.
+
+    Returns:
+        The walls that stand, which is up to the host: of "no_new_privs", "network" and "files".
+
+    Raises:
+        RuntimeError: there is a second thread already.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not sys.platform.startswith("linux"):
         return []
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        raise RuntimeError(f"walls are raised in a process of one thread, and this one has {threads}")
     libc = ctypes.CDLL(None, use_errno=True)
-    sys.meta_path.insert(0, _Found(PACKAGES))
+    sys.meta_path.insert(0, _Found(packages))
     standing = []
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         standing.append("no_new_privs")
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0:
         standing.append("network")
-    if _landlock(libc, folder):
+    if _landlock(libc, folder, packages):
         standing.append("files")
     return standing
+
+
+def die_with(parent: int) -> None:
+    """End this process once the thread that started it ends, however that comes about; Linux alone can.
+
+    Call it after `close_doors`: the kernel forgets it where credentials change.
+
+    Args:
+        parent: the process that started this one.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
 
 
 class _Found(MetaPathFinder):
@@ -96,7 +127,7 @@ class _Found(MetaPathFinder):
         return self._specs.get(fullname)
 
 
-def _landlock(libc: ctypes.CDLL, folder: Path) -> bool:
+def _landlock(libc: ctypes.CDLL, folder: Path, packages: Sequence[str]) -> bool:
     """Read beneath Python, our packages and the system's libraries, everything beneath the folder; this also hides
     other processes, among them the supervisor with its credentials in its environment."""
     attributes = struct.pack("=Q", EVERYTHING)
@@ -105,7 +136,9 @@ def _landlock(libc: ctypes.CDLL, folder: Path) -> bool:
         return False
     code = Path(__file__).resolve().parents[2]
     pythons = [Path(prefix, part) for prefix in (sys.prefix, sys.base_prefix) for part in PYTHONS]
-    rules = [(path, READ) for path in (*map(Path, READABLE), *pythons, *(code / name for name in PACKAGES))]
+    libraries = [Path(one) for one in sys.path if Path(one).name in LIBRARIES]
+    allowed = (*map(Path, READABLE), *pythons, *libraries, *(code / name for name in packages))
+    rules = [(path, READ) for path in allowed]
     for path, rights in [*rules, (folder, EVERYTHING)]:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)

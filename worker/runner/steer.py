@@ -71,7 +71,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         # The method measures the base before its first step: until then the job still is being validated.
         result = drive(method, state, clock=Clock(), folder=folder, reporter=reporter, stop=stop, opens="unlearning")
     except UnreachableError as error:
-        raise _unreachable(job, error) from error
+        raise _unreachable(inputs.wanted, error) from error
     with stop.at_once():
         change = _change(job, result, inputs, state, {"validating": validated - began, "unlearning": result.seconds})
         asked = Asked([one.asked() for one in inputs.wanted], samples, confidence)
@@ -178,16 +178,18 @@ def _curves(result: SteeringResult, wanted: Sequence[Wanted]) -> list[dict[str, 
     return [{name: value for name, value in row.items() if name in names or name in ("step", "n")} for row in measured]
 
 
-def _unreachable(job: Mapping[str, Any], error: UnreachableError) -> UserError:
-    pointer = "/target_distribution"
-    if job["kind"] != "debias":
-        named = [number for number, one in enumerate(job["target"]["attributes"]) if one["class"] == error.class_name]
-        pointer = f"/target/attributes/{named[0]}" if named else "/target/attributes"
+def _unreachable(wanted: Sequence[Wanted], error: UnreachableError) -> UserError:
+    """The problem, at the class that is to blame; at all that its judge was asked for, or all judges, where none is."""
+    blamed = [one for one in wanted if one.judge.name == error.constraint] or wanted
+    asked = [(name, place) for one in blamed for name, place in one.pointers.items()]
+    exact = [place for name, place in asked if name == error.class_name and len(blamed) == 1]
+    places = exact or [place for _, place in asked]
     measured = {"class": error.class_name, "measured": error.measured, "samples": error.n, "upper": error.upper}
     return UserError(
         "target-unreachable",
         "The target cannot be reached from this checkpoint",
         str(error),
-        pointer=pointer,
+        pointer=None,
+        errors=[{"pointer": place, "detail": str(error)} for place in dict.fromkeys(places)],
         **{name: value for name, value in measured.items() if value is not None},
     )

@@ -1,0 +1,69 @@
+"""What runs inside `worker.runner.judge_process` once its walls stand: the sessions of a job's classifiers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from evidence.errors import ClassifierError, ClassifierOutputError
+from evidence.onnx_model import OnnxModel, OnnxSpec
+from worker.runner.judge_process import read_frame
+
+__all__ = ["Sessions"]
+
+
+class Sessions:
+    """The classifiers that were opened, numbered from 0."""
+
+    def __init__(self) -> None:
+        self._opened: list[tuple[OnnxModel, tuple[int, int, int]]] = []
+
+    def answers(self, message: Mapping[str, Any], incoming: IO[bytes]) -> list[bytes]:
+        """The frames that answer one message; a refusal is one of them.
+
+        Args:
+            message: a file to open, or who is to judge the images that follow.
+            incoming: where they follow.
+        """
+        if "open" in message:
+            return self._open(message["open"])
+        data = read_frame(incoming, message["bytes"])
+        return [] if data is None else self._judge(message["judge"], data)
+
+    def _open(self, told: Mapping[str, Any]) -> list[bytes]:
+        shape: tuple[int, int, int] = tuple(told["image_shape"])
+        try:
+            self._opened.append((OnnxModel(Path(told["path"]), _spec_of(told["spec"]), shape), shape))
+        except (ClassifierError, MemoryError) as error:
+            return [_refusal(error, "opened")]
+        return [b"{}"]
+
+    def _judge(self, number: int, data: bytes) -> list[bytes]:
+        model, shape = self._opened[number]
+        try:
+            labels = model.labels(np.frombuffer(data, dtype=np.uint8).reshape(-1, *shape))
+        except (ClassifierError, MemoryError) as error:
+            return [_refusal(error, "run")]
+        return [b"{}", labels.astype("<i8").tobytes()]
+
+
+def _spec_of(told: Mapping[str, Any]) -> OnnxSpec:
+    scale = told["scale"]
+    return OnnxSpec(
+        **{
+            **told,
+            "classes": tuple(told["classes"]),
+            "scale": scale if isinstance(scale, str) else tuple(tuple(values) for values in scale),
+        }
+    )
+
+
+def _refusal(error: Exception, done: str) -> bytes:
+    known = error
+    if not isinstance(error, ClassifierError):
+        known = ClassifierOutputError(f"the classifier could not be {done} within its limits of memory")
+    return json.dumps({"refused": type(known).__name__, "message": str(known)[:1000]}).encode()
