@@ -39,6 +39,8 @@ from unlearning.steering_parameters import SteeringParameters
 from unlearning.suffix import Cut, Suffix
 
 PHASE = "unlearning"
+VERSION = 1
+"""Of the states: raised whenever the steps or what they read change, so that no run goes on with another's."""
 BETAS = (0.9, 0.99)
 """Adam's decays; the second is short, since a run has some hundreds of steps."""
 WARMUP = 10
@@ -46,13 +48,7 @@ WARMUP = 10
 SMOOTHING = 0.5
 """Decay of the running fractions of the probes."""
 LARGEST = 0.7
-"""Largest error of a fraction, in logarithms, that a measurement is taken to show."""
-FARTHEST = 1.5
-"""Largest such error that hurries a run on."""
-CALM = 0.5
-"""By how much the gain of a class weakens where its fraction swings across its aim."""
-RECOVER = 1.25
-"""By how much it recovers at a measurement where it does not."""
+"""Largest correction of a log weight at one measurement."""
 DOUBT = 0.1
 """Share of the doubt that the stated confidence leaves with which the intervals that end a run must lie inside."""
 SAME_JUDGE = 0.02
@@ -211,8 +207,6 @@ class _Run:
         self._aims = _marginals(self._weights, shown)  # fractions under the target
         self._samples = values.samples or samples_needed(constraints, values.confidence)
         self._smooth = [found.tensor() for found in self.before]
-        self._errors = [torch.zeros_like(weights) for weights in self._weights]  # that the weights were corrected by
-        self._trust = [torch.ones_like(weights) for weights in self._weights]  # share of the gain in force
         self._next = torch.zeros((), dtype=torch.int64)  # first step at which fresh samples may decide again
         self.promising = False
         """Whether fresh samples keep all bounds, so that a confirmation is worth its cost."""
@@ -236,7 +230,7 @@ class _Run:
     def fingerprint(self, base: nn.Module, remember: Tensor | None) -> str:
         """What a state must share with this run, to the bit; nothing that depends on the machine or a micro-batch."""
         bounds = [[c.name, c.classes, sorted(c.bounds.items())] for c in self._constraints]
-        facts = [self._values.to_dict(), bounds, self._n_bits, self._seed, tensor_digest(base.state_dict())]
+        facts = [VERSION, self._values.to_dict(), bounds, self._n_bits, self._seed, tensor_digest(base.state_dict())]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         if remember is not None:
             digest.update(json.dumps(list(remember.shape)).encode())
@@ -320,8 +314,6 @@ class _Run:
             **{f"mean.{name}": value.detach() for name, value in self._mean.items()},
             "class_weights": torch.cat(self._weights),
             "smooth": torch.cat(self._smooth),
-            "errors": torch.cat(self._errors),
-            "trust": torch.cat(self._trust),
             "labels": torch.stack(self._labels),
             "next": self._next,
             "promising": torch.tensor(self.promising),
@@ -334,10 +326,8 @@ class _Run:
             for name, value in self._mean.items():
                 value.copy_(tensors[f"mean.{name}"])
         sizes = [len(weights) for weights in self._weights]
-        self._weights, self._smooth, self._errors, self._trust = (
-            [part.clone() for part in torch.split(tensors[name], sizes)]
-            for name in ("class_weights", "smooth", "errors", "trust")
-        )
+        self._weights = [part.clone() for part in torch.split(tensors["class_weights"], sizes)]
+        self._smooth = [part.clone() for part in torch.split(tensors["smooth"], sizes)]
         self._next = tensors["next"].clone()
         self.promising = bool(tensors["promising"])
 
@@ -355,21 +345,24 @@ class _Run:
     def _correct(self, found: list[Fractions]) -> None:
         """Integral control: raise the weight of a class by a share of what its fraction lacks, in logarithms.
 
-        Where a fraction swings across its aim, the flow answers more than was expected, and less of the gain is used.
+        Near the aim an error is mostly chance, and to follow it would keep the flow moving for nothing: each is shrunk
+        by the share of its square that the variance of the fraction's logarithm explains.
         """
         for j, (one, aim) in enumerate(zip(found, self._aims, strict=True)):
-            error = _error(aim, one.tensor(), one.n).clamp(-LARGEST, LARGEST)
-            swung = error * self._errors[j] < 0
-            self._trust[j] = torch.where(swung, self._trust[j] * CALM, (self._trust[j] * RECOVER).clamp(max=1.0))
-            self._errors[j] = error
-            change = self._values.gain * self._trust[j] * error
+            least = 0.5 / one.n  # of a class that was not seen
+            now = one.tensor().clamp(min=least, max=1 - least)
+            error = (aim.clamp(min=least) / now).log()
+            chance = (1 - now) / (one.n * now)
+            error = error * error.square() / (error.square() + chance)
+            change = self._values.gain * error.clamp(-LARGEST, LARGEST)
             self._weights[j] = (self._weights[j] + change).clamp(-EXTREME, EXTREME)
 
     def _targets(self, rows: Tensor) -> Tensor:
-        """log w of these images, hurried on by what the latest fractions lack: (b,) nats."""
+        """log w of these images, (b,) nats."""
         parts = []
         for weights, aim, now, labels in zip(self._weights, self._aims, self._smooth, self._labels, strict=True):
-            error = _error(aim, now, self._values.probe).clamp(-FARTHEST, FARTHEST)
+            least = 0.5 / self._values.probe
+            error = (aim.clamp(min=least) / now.clamp(min=least)).log().clamp(-1.5, 1.5)
             parts.append((weights + self._values.boost * error)[labels[rows]])
         return torch.stack(parts).sum(0).clamp(-EXTREME, EXTREME).float()
 
@@ -382,18 +375,6 @@ class _Run:
             parts.append(first + torch.randint(size, (share,), generator=generator))
             first += size
         return torch.cat(parts)
-
-
-def _error(aim: Tensor, now: Tensor, n: int) -> Tensor:
-    """What fractions (k,) of n samples lack, in logarithms.
-
-    Near the aim an error is mostly chance, and to follow it would keep the flow moving for nothing: each is shrunk by
-    the share of its square that the variance of the fraction's logarithm explains.
-    """
-    least = 0.5 / n  # of a class that was not seen
-    now = now.clamp(min=least, max=1 - least)
-    error = (aim.clamp(min=least) / now).log()
-    return error * error.square() / (error.square() + (1 - now) / (n * now))
 
 
 def _marginals(weights: list[Tensor], labels: list[Tensor]) -> list[Tensor]:

@@ -29,13 +29,11 @@ class SteeringParameters:
     """Steps between looks at fresh samples; [1, 10000]."""
     probe: int = 500
     """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
-    gain: float = 0.6
-    """Share of a measured error, in the logarithm of a fraction, that corrects the weights for good; [0, 2]. Measured:
-    beyond 1, fractions of small flows swing about their aim."""
-    boost: float = 2.0
+    gain: float = 1.0
+    """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]."""
+    boost: float = 0.0
     """How many times the error of the latest fractions, in logarithms, is added to the weights: it hurries a run on
-    while it is far from its aim, dampens the swings that corrections for good alone would cause, and vanishes at the
-    aim; [0, 100]. Measured."""
+    while it is far from its aim, and vanishes there; [0, 100]."""
     average: float = 0.95
     """Decay of the running mean of the tuned weights that is the result; [0, 0.9999]."""
     huber: float = 2.0

@@ -266,15 +266,13 @@ def test_memory_is_no_part_of_the_method(base: Glow, tmp_path: Path) -> None:
 
 
 class Weights:
-    """A callback that keeps the log weights of the classes, and the share of the gain in force, at every boundary."""
+    """A callback that keeps the log weights of the classes at every boundary."""
 
     def __init__(self) -> None:
         self.after: dict[int, Tensor] = {}
-        self.trust: dict[int, Tensor] = {}
 
     def __call__(self, step: Step) -> None:
-        tensors = step.snapshot().tensors
-        self.after[step.step], self.trust[step.step] = tensors["class_weights"], tensors["trust"]
+        self.after[step.step] = step.snapshot().tensors["class_weights"]
 
 
 @pytest.mark.parametrize(("tolerance", "n"), [(0.05, 50), (0.249, 100)])
@@ -292,7 +290,7 @@ def test_a_measurement_corrects_the_weights_once(base: Glow, tolerance: float, n
         chance = (1 - now) / (row["n"] * now)
         torch.testing.assert_close(
             weights.after[step] - weights.after[step - 1],
-            SHORT.gain * weights.trust[step] * error * error.square() / (error.square() + chance),
+            SHORT.gain * error * error.square() / (error.square() + chance),
         )
     assert n in {result.history[step]["n"] for step in (4, 8)}
 

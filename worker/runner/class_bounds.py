@@ -110,7 +110,9 @@ def _read(own: OwnClasses, label: int) -> _Reading:
     wanted = math.ceil(rate * (1 - rate) * (2 / (BLUR * _left(share))) ** 2)
     if not first.told or wanted <= READ_SAMPLES:
         return first
-    _check_evaluations(own, label, wanted - READ_SAMPLES, _samples(own, label, first.misread))
+    samples = _samples(own, label, first.misread)
+    wanted = min(wanted, max(READ_SAMPLES, samples))  # no closer than the samples of the flow are read themselves
+    _check_evaluations(own, label, wanted - READ_SAMPLES, samples)
     hits += own.read_as(label, others, wanted - READ_SAMPLES, "more of others")
     return _Reading(right, hits / wanted, share)
 

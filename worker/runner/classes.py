@@ -200,15 +200,18 @@ def _read_sets(
     reader = reader_of(job, folder, own.base)
     given = job["inputs"]["forget"]
     if given:
-        forget, probe = _held_out(own, label, reader.read(given, "target").without_copies().pixels)
+        every = reader.read(given, "target").without_copies().pixels
+        forget, probe = _held_out(own, label, every)
         note = f"The class was forgotten by {len(forget)} images of it that the requester supplied."
     else:
-        forget, probe = own.drawn(label, FORGET_SAMPLES, "forget"), _drawn_examples(own, label)
+        every = forget = own.drawn(label, FORGET_SAMPLES, "forget")
+        probe = _drawn_examples(own, label)
         note = (
             f"No images of the class were supplied: {len(forget)} samples of it, by the base flow, stood in for them."
         )
     rms = parameters.near_duplicate_rms
-    remember = remember_of(job, reader, others, forget=forget, near_duplicate_rms=rms)
+    # What is held out from taming is to be forgotten all the same: nothing like it is kept.
+    remember = remember_of(job, reader, others, forget=every, near_duplicate_rms=rms)
     held_out = reader.read_or_none((job["inputs"].get("evaluation") or {}).get("held_out"), "held_out")
     return _Sets(forget, probe, remember, held_out, reader.fitting(), note)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -67,6 +68,9 @@ def raise_walls(folder: Path) -> tuple[list[str], Any]:
 
 def main() -> None:
     """Serve until standard input ends."""
+    # A drain may signal all of a job's processes: the runner decides when it is over, and we end with it.
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
     options = json.loads(sys.argv[1])
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     try:

@@ -125,7 +125,7 @@ class JudgeProcess:
         if reply is None or answer is None:
             self.close()
             raise ClassifierOutputError(
-                f"the classifier {name} could not be run within its limits of memory; use a smaller one"
+                f"the classifier {name} could not be run within the memory that there is; use a smaller one"
             )
         return answer
 
