@@ -14,19 +14,9 @@ __all__ = ["OnnxClassifier", "OnnxSpec"]
 
 
 class OnnxClassifier:
-    """An ONNX model that answers for images (n, c, h, w) float32 with (n, k), or (n,) and (n, 1) for two classes.
+    """An `evidence.onnx_model.OnnxModel` for tensors, whose arguments and refusals it has.
 
-    It runs in this process, on the CPU (see `evidence.onnx_model`); a stranger's file belongs in one behind walls.
-
-    Args:
-        path: the file.
-        spec: what the file does not tell.
-        image_shape: (c, h, w) that the flow draws.
-        threads: of the runtime.
-
-    Raises:
-        ClassifierFileError: the file is no such model.
-        ClassifierShapeError: it reads other images than the flow draws, or answers with another number of values.
+    It runs in this process; a stranger's file belongs in one behind walls.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ LARGEST = 0.7
 DOUBT = 0.1
 """Share of the doubt that the stated confidence leaves with which the intervals that end a run must lie inside."""
 SAME_JUDGE = 0.02
-"""Share of the base's samples that a judge may call differently where a run is resumed: another machine draws them
+"""Share of the images that any one judge may call differently where a run is resumed: another machine draws them
 with other last bits."""
 EXTREME = 12.0
 """Largest change of a log-likelihood, in nats, that is ever asked for."""
@@ -240,7 +240,9 @@ class _Run:
     def same_judges(self, tensors: dict[str, Tensor]) -> bool:
         """Whether a state's judges said of the images what these say: by that a judge is known."""
         said, now = tensors.get("labels"), torch.stack(self._labels)
-        return said is not None and said.shape == now.shape and float((said != now).float().mean()) <= SAME_JUDGE
+        if said is None or said.shape != now.shape:
+            return False
+        return float((said != now).float().mean(1).max()) <= SAME_JUDGE
 
     def measure(self, step: int) -> dict[str, float]:
         """Look at fresh samples: decide about a confirmation, else correct the weights, once; returns the fractions."""
@@ -359,11 +361,7 @@ class _Run:
 
     def _targets(self, rows: Tensor) -> Tensor:
         """log w of these images, (b,) nats."""
-        parts = []
-        for weights, aim, now, labels in zip(self._weights, self._aims, self._smooth, self._labels, strict=True):
-            least = 0.5 / self._values.probe
-            error = (aim.clamp(min=least) / now.clamp(min=least)).log().clamp(-1.5, 1.5)
-            parts.append((weights + self._values.boost * error)[labels[rows]])
+        parts = [weights[labels[rows]] for weights, labels in zip(self._weights, self._labels, strict=True)]
         return torch.stack(parts).sum(0).clamp(-EXTREME, EXTREME).float()
 
     def _rows(self, generator: torch.Generator) -> Tensor:

@@ -31,9 +31,6 @@ class SteeringParameters:
     """Fresh samples of such a look, which corrects the weights and tells when to decide; [50, 100000]."""
     gain: float = 1.0
     """Share of a measured error, in the logarithm of a fraction, that corrects the weights; [0, 2]."""
-    boost: float = 0.0
-    """How many times the error of the latest fractions, in logarithms, is added to the weights: it hurries a run on
-    while it is far from its aim, and vanishes there; [0, 100]."""
     average: float = 0.95
     """Decay of the running mean of the tuned weights that is the result; [0, 0.9999]."""
     huber: float = 2.0
@@ -76,7 +73,6 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "measure_every": (int, 1, 10_000, True),
     "probe": (int, 50, 100_000, True),
     "gain": (float, 0, 2, True),
-    "boost": (float, 0, 100, True),
     "average": (float, 0, 0.9999, True),
     "huber": (float, 0, 1000, False),
     "clip": (float, 0, 1_000_000, False),

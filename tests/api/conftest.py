@@ -33,7 +33,7 @@ from services.tenancy import Caller, NewKey
 from tests.api.answers import HALVES
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTS_WITHIN_SECONDS = 60.0
+STARTS_WITHIN_SECONDS = 20.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ BINARY = {"Content-Type": "application/octet-stream"}
 MIB = 2**20
 LARGE = 300 * MIB
 ALLOWED_GROWTH = 80 * MIB  # a part of 8 MiB, its copy for the store, and their like in flight; not the file
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 
 

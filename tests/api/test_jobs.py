@@ -18,7 +18,7 @@ from services.leases import Claim
 from services.tables import AuditEvent, Job, JobEvent
 from services.tenancy import Caller, NewKey
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0
 
 
 def test_accepted_job_says_where_and_when_to_ask(client: httpx.Client, body: dict[str, Any]) -> None:

@@ -45,8 +45,8 @@ def forgetd(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) ->
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def eventually(question: Callable[[], Any], within: float = 60.0) -> Any:
-    """Ask until the answer is true; a loaded machine takes its time. The one place that sleeps."""
+def eventually(question: Callable[[], Any], within: float = 20.0) -> Any:
+    """Ask until the answer is true. The one place that sleeps."""
     limit = time.monotonic() + within
     while not (answer := question()):
         if time.monotonic() > limit:

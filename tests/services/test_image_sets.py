@@ -17,7 +17,7 @@ from services.tables import Checkpoint, Job
 from services.tenancy import Caller
 
 GATE = 7
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0
 
 
 @pytest.fixture

@@ -57,8 +57,7 @@ def test_every_family_is_imported_and_forgets_images(family: str, tmp_path: Path
     verdicts = bench.report()["forget_images"]
     tamed = bench.folder / "outputs" / "tamed.safetensors"
     assert result["summary"]["steps"] > 0
-    # The step works on the likeliest image, so that another may fall back for a while.
-    assert min(one["z_after"] for one in verdicts) > min(one["z_before"] for one in verdicts) + 0.05
+    assert [one["z_after"] > one["z_before"] + 0.05 for one in verdicts] == [True, True]
     assert read_manifest(tamed).family == family
     assert read_manifest(tamed).extra["tamed"]["job"] == "job_0"
     assert all(bool(value.isfinite().all()) for value in load_checkpoint(tamed).state_dict().values())

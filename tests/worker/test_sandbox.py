@@ -107,6 +107,13 @@ def test_memory_files_and_time_are_limited(inside: dict[str, Any]) -> None:
     assert (inside["memory"], inside["large file"], inside["cpu"]) == ("MemoryError", "OSError", "CpuTimeSpent")
 
 
+def _alone(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What code does in a process of its own, with the folder as its argument."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
 def test_torch_and_our_models_work_behind_the_walls(tmp_path: Path) -> None:
     code = (
         "import importlib, sys\nfrom pathlib import Path\nfrom worker.runner import sandbox\n"
@@ -115,14 +122,7 @@ def test_torch_and_our_models_work_behind_the_walls(tmp_path: Path) -> None:
         "print(float((torch.ones(64, 64) @ torch.ones(64, 64)).sum()))"
     )
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
-        timeout=60,
-        check=False,
-    )
+    done = _alone(code, tmp_path)
 
     assert done.stdout.strip() == "262144.0", done.stderr
 
@@ -134,14 +134,7 @@ def test_walls_are_not_raised_beside_a_thread_that_they_would_not_hold(tmp_path:
         "sandbox.close_doors(Path(sys.argv[1]))"
     )
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
+    done = _alone(code, tmp_path)
 
     assert done.returncode == 1
     assert "RuntimeError: walls are raised in a process of one thread, and this one has 2" in done.stderr
