@@ -42,10 +42,13 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity | None":
-        """Return the identity of a live process, or None if there is none (a zombie does not count as alive)."""
+        """Return the identity of a live process, or None if there is none.
+
+        A zombie does not count as alive, unless threads of it still run: they hold its ports and files.
+        """
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
             process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1:
                 return None
             return cls(pid, _start_mark(process))
         return None

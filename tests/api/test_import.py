@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS, MORE_ROUNDS = 3, 12  # the rest only on a machine so loaded that three do not tell
 ALLOWED_RATIO = 1.3
 HEAVY = {"torch", "numpy", "celery", "redis", "alembic", "PIL", "worker", "models", "unlearning", "evidence"}
 
@@ -24,18 +22,27 @@ foreign = [name for name, module in sys.modules.items()
 print(json.dumps({"foreign": foreign, "roots": sorted({name.partition(".")[0] for name in sys.modules})}))
 """
 
+COUNT_CALLS = """
+import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+{code}
+sys.setprofile(None)
+print(calls)
+"""
+
 
 def _run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def _seconds(code: str) -> float:
-    """Processor time of a process, which other work on the machine hardly changes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    _run(code)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def _calls(code: str) -> int:
+    """How many functions the code calls: work that neither the machine's load nor its speed changes."""
+    return int(_run(COUNT_CALLS.format(code=code)))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +58,6 @@ def test_import_leaves_heavy_libraries_out(loaded: Any) -> None:
 def test_import_costs_at_most_a_third_more_than_its_libraries(loaded: Any) -> None:
     libraries = f"import importlib\nfor name in {loaded['foreign']!r}:\n    importlib.import_module(name)"
 
-    # Alternating, and the best of each: noise only ever adds.
-    theirs, ours, ratio = float("inf"), float("inf"), float("inf")
-    for number in range(1, MORE_ROUNDS + 1):
-        theirs, ours = min(theirs, _seconds(libraries)), min(ours, _seconds("import api.app"))
-        ratio = ours / theirs
-        if number >= ROUNDS and ratio <= ALLOWED_RATIO:
-            break
+    ratio = _calls("import api.app") / _calls(libraries)
 
-    assert ratio <= ALLOWED_RATIO, f"import api.app takes {ratio:.2f} times its libraries"
+    assert ratio <= ALLOWED_RATIO, f"import api.app makes {ratio:.2f} times the calls of its libraries"
