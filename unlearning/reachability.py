@@ -6,12 +6,13 @@ Steps regress on samples of the base. What is in next to none of them can be mad
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from math import prod
+from itertools import combinations, product
+from math import comb, prod
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.sparse import coo_matrix, csr_matrix, hstack, identity, vstack
+from scipy.sparse import coo_matrix, csr_matrix, hstack, vstack
 from torch import Tensor
 
 __all__ = ["FEWEST", "Group", "untaught"]
@@ -20,11 +21,15 @@ FEWEST = 5
 """Samples of a class that the base must show before it can be asked for more of it."""
 CELLS = 4096
 """Combinations of classes up to which those that the base never shows are named as well."""
+SUBSETS = 256
+"""Sets of judges that are looked at together: of up to eight judges all, of more the smallest."""
 NEGLIGIBLE = 1e-6
 """Growth of a fraction that counts as none."""
 
 Box = tuple[Tensor, Tensor]
 """Lowest and highest fraction of the classes of one constraint, 2 x (k,) float64."""
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+Reals = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,12 @@ class Group:
 def untaught(labels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Group]:
     """Groups that would have to become more frequent to keep all bounds, and that the base shows too rarely for it.
 
-    Found by a linear program over the fractions of all groups: the least sum by which those of fewer than FEWEST
-    samples exceed what the base shows of them, subject to the bounds. Classes without a bound of their own have the
-    same weight in the nearest distribution (`unlearning.constraints`), so that each constraint's count as one.
+    Weights are one a class, and a judge's classes have no part in another's. So a class of FEWEST samples or more can
+    become more frequent whatever else its samples show, and so can those that several judges tell together; the rest of
+    what these samples show comes along in its proportions. Found by a linear program over the fractions of all groups:
+    a mixture of what can so be taught and of rare groups as far as the base shows them, subject to the bounds, with the
+    least sum of what has to be added to the rare ones. Classes without a bound of their own have the same weight in the
+    nearest distribution (`unlearning.constraints`), so that each constraint's count as one.
 
     Args:
         labels: what each constraint's judge says of the same samples of the base, one (n,) a constraint.
@@ -61,7 +69,7 @@ def untaught(labels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Group]:
     return [
         Group(tuple(some[place] for some, place in zip(members, cell, strict=True)), int(count))
         for cell, count, more in zip(cells, hits, growth, strict=True)
-        if count < FEWEST and more > NEGLIGIBLE
+        if more > NEGLIGIBLE
     ]
 
 
@@ -72,7 +80,7 @@ def _members(low: Tensor, high: Tensor) -> list[tuple[int, ...]]:
     return [(k,) for k, unbounded in enumerate(free) if not unbounded] + ([rest] if rest else [])
 
 
-def _places(members: list[tuple[int, ...]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _places(members: list[tuple[int, ...]]) -> Integers:
     """For each class, the position of the members that it is among."""
     places = np.zeros(sum(map(len, members)), dtype=np.int64)
     for place, classes in enumerate(members):
@@ -81,33 +89,60 @@ def _places(members: list[tuple[int, ...]]) -> np.ndarray[tuple[int], np.dtype[n
 
 
 def _least_growth(
-    cells: np.ndarray[tuple[int, int], np.dtype[np.int64]],
-    hits: np.ndarray[tuple[int], np.dtype[np.int64]],
-    members: Sequence[list[tuple[int, ...]]],
-    boxes: Sequence[Box],
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """By how much the fraction of each rare cell, of cells (m, j), has to grow; zeros where nothing keeps the bounds.
+    cells: Integers, hits: Integers, members: Sequence[list[tuple[int, ...]]], boxes: Sequence[Box]
+) -> Reals:
+    """By how much each fraction, of cells (m, j), has to grow untaught; zeros where nothing keeps the bounds.
 
-    Variables are m fractions and their m growths; a cell of enough samples may grow for nothing.
+    Variables are the shares of all that can be taught, what is kept of each rare cell and by how much it grows.
     """
     m = len(cells)
-    rare, fractions = hits < FEWEST, hits / hits.sum()
+    rare = np.flatnonzero(hits < FEWEST)
     sums, least, most = [], [], []
     for j, (some, (low, high)) in enumerate(zip(members, boxes, strict=True)):
         sums.append(coo_matrix((np.ones(m), (cells[:, j], np.arange(m))), shape=(len(some), m)))
         least += [float(low[classes[0]]) for classes in some]
         most += [float(high[classes[0]]) for classes in some]
-    marginals, nothing = vstack(sums), csr_matrix((len(least), m))
+    marginals = vstack(sums).tocsr()
+    taught = _taught(cells, hits)
+    mixture = hstack([marginals @ taught, marginals[:, rare], marginals[:, rare]])
+    shares, none, whole = taught.shape[1], np.zeros(len(rare)), np.ones(len(rare))
+    highest = np.concatenate([np.ones(shares), hits[rare] / hits.sum(), whole])
     found = linprog(
-        np.concatenate([np.zeros(m), rare.astype(float)]),
-        A_ub=vstack([
-            hstack([marginals, nothing]), hstack([-marginals, nothing]), hstack([identity(m), -identity(m)]),
-        ]).tocsr(),
-        b_ub=np.concatenate([most, np.negative(least), fractions]),
-        A_eq=np.concatenate([np.ones(m), np.zeros(m)])[None],
+        np.concatenate([np.zeros(shares), none, whole]),
+        A_ub=vstack([mixture, -mixture]).tocsr(),
+        b_ub=np.concatenate([most, np.negative(least)]),
+        A_eq=np.ones((1, len(highest))),
         b_eq=[1.0],
-        bounds=(0, 1),
+        bounds=np.column_stack([np.zeros(len(highest)), highest]),
         method="highs",
-    )  # fmt: skip
-    growth: np.ndarray[tuple[int], np.dtype[np.float64]] = np.zeros(m) if found.x is None else found.x[m:]
+    )
+    growth: Reals = np.zeros(m)
+    if found.x is not None:
+        growth[rare] = found.x[shares + len(rare) :]
     return growth
+
+
+def _taught(cells: Integers, hits: Integers) -> csr_matrix:
+    """What can become more frequent as a whole, as fractions of the cells, (m, wholes).
+
+    A whole is all samples that show given classes of some judges, whatever the others say, where they are enough.
+    """
+    found = []
+    for judges in _subsets(cells.shape[1]):
+        _, whole = np.unique(cells[:, judges], axis=0, return_inverse=True)
+        whole = whole.reshape(-1)
+        sizes = np.bincount(whole, weights=hits)
+        (enough,) = np.nonzero(sizes >= FEWEST)
+        share = hits / np.maximum(sizes, 1)[whole]
+        found.append(coo_matrix((share, (np.arange(len(cells)), whole))).tocsc()[:, enough])
+    return hstack(found).tocsr()
+
+
+def _subsets(judges: int) -> list[tuple[int, ...]]:
+    """All judges together, each alone, in pairs and so on."""
+    found = [tuple(range(judges))]
+    for size in range(1, judges):
+        if len(found) + comb(judges, size) > SUBSETS:
+            break
+        found += combinations(range(judges), size)
+    return found

@@ -14,8 +14,6 @@ digits, twice the time and no nearer).
 """
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,23 +22,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.checkpoints import tensor_digest
 from models.protocol import Flow
 from models.training import set_memory_format
 from unlearning import micro_batch as micro
-from unlearning.constraints import Constraint, Fractions, aims, check_reachable, count, samples_needed
-from unlearning.errors import DivergedError, InputError, StateError
+from unlearning.constraints import Constraint, Fractions, count, samples_needed
+from unlearning.errors import DivergedError, InputError
 from unlearning.optimiser import pack, unpack
 from unlearning.progress import Callback, Step
 from unlearning.randomness import stream
 from unlearning.replay import generate_remember
 from unlearning.state import State
 from unlearning.steering_parameters import SteeringParameters
+from unlearning.steering_plan import Plan, by_constraint, decide, fingerprint_of, recall
 from unlearning.suffix import Cut, Suffix
 
 PHASE = "unlearning"
-VERSION = 1
-"""Of the states: raised whenever the steps or what they read change, so that no run goes on with another's."""
 BETAS = (0.9, 0.99)
 """Adam's decays; the second is short, since a run has some hundreds of steps."""
 WARMUP = 10
@@ -51,9 +47,6 @@ LARGEST = 0.7
 """Largest correction of a log weight at one measurement."""
 DOUBT = 0.1
 """Share of the doubt that the stated confidence leaves with which the intervals that end a run must lie inside."""
-SAME_JUDGE = 0.02
-"""Share of the images that any one judge may call differently where a run is resumed: another machine draws them
-with other last bits."""
 EXTREME = 12.0
 """Largest change of a log-likelihood, in nats, that is ever asked for."""
 
@@ -136,19 +129,22 @@ def steer(
     start = time.monotonic()
     base = _checked(flow, constraints, remember)
     steered = copy.deepcopy(base).requires_grad_(True)
-    images = generate_remember(cast(Flow, base), parameters.pool, n_bits, _seed(seed, "pool"))
+    sets = [generate_remember(cast(Flow, base), parameters.pool, n_bits, _seed(seed, "pool"))]
+    if remember is not None and len(remember):
+        sets.append(remember)
+    fingerprint = fingerprint_of(base, constraints, parameters, remember, n_bits, seed)
+    plan = (
+        decide(constraints, sets, parameters.confidence)
+        if state is None
+        else recall(state, fingerprint, constraints, sets[0], parameters.confidence)
+    )
     tuned = copy.deepcopy(steered)
     for module in (steered, tuned):
         set_memory_format(module, torch.channels_last)  # convolutions run faster so
-    run = _Run(tuned, steered, list(constraints), parameters, images, remember, n_bits, seed, micro_batch)
-    fingerprint = run.fingerprint(base, remember)
+    run = _Run(tuned, steered, list(constraints), parameters, plan, sets, n_bits, seed, micro_batch)
     step, attempts, before = 0, 0, 0.0
     history = [{"step": 0.0, **run.measure(0)}] if state is None else list[dict[str, float]]()
     if state is not None:
-        if state.meta.get("fingerprint") != fingerprint or not run.same_judges(state.tensors):
-            raise StateError(
-                "the state belongs to a run with another base, other images, judges, parameters, bounds or seed"
-            )
         run.restore(state.tensors)
         step, attempts = int(state.meta["step"]), int(state.meta["attempts"])
         history, before = list(state.meta["history"]), float(state.meta["seconds"])
@@ -176,7 +172,7 @@ def steer(
     history[-1].update(_flat(fractions))
     set_memory_format(steered.eval(), torch.contiguous_format)
     return SteeringResult(
-        flow=steered, met=run.inside(fractions), steps=step, fractions=fractions, before=run.before, history=history,
+        flow=steered, met=run.inside(fractions), steps=step, fractions=fractions, before=plan.before, history=history,
         seconds=before + time.monotonic() - start, parameters=parameters,
     )  # fmt: skip
 
@@ -190,23 +186,17 @@ class _Run:
         steered: nn.Module,
         constraints: list[Constraint],
         values: SteeringParameters,
-        images: Tensor,
-        remember: Tensor | None,
+        plan: Plan,
+        sets: list[Tensor],
         n_bits: int,
         seed: int,
         micro_batch: int,
     ) -> None:
-        self._steered, self._constraints, self._values = steered, constraints, values
+        self._steered, self._constraints, self._values, self._plan = steered, constraints, values, plan
         self._n_bits, self._seed, self._micro_batch = n_bits, seed, micro_batch
-        shown = [constraint.labels(images) for constraint in constraints]
-        self.before = [
-            count(constraint, labels, values.confidence) for constraint, labels in zip(constraints, shown, strict=True)
-        ]
-        check_reachable(constraints, self.before)
-        self._weights = aims(constraints, shown)  # log w_j, (k_j,) float64 each
-        self._aims = _marginals(self._weights, shown)  # fractions under the target
+        self._weights = list(plan.weights)
         self._samples = values.samples or samples_needed(constraints, values.confidence)
-        self._smooth = [found.tensor() for found in self.before]
+        self._smooth = [found.tensor() for found in plan.before]
         self._next = torch.zeros((), dtype=torch.int64)  # first step at which fresh samples may decide again
         self.promising = False
         """Whether fresh samples keep all bounds, so that a confirmation is worth its cost."""
@@ -216,37 +206,14 @@ class _Run:
         self._optimiser = torch.optim.Adam(self._parameters.values(), lr=values.learning_rate, fused=True, betas=BETAS)
         mean = dict(steered.named_parameters())
         self._mean = {name: mean[name] for name in self._parameters}  # running mean of the weights: the result
-        cuts, self._sizes = [self._suffix.cut(images, seed, "pool")], [len(images)]
-        if remember is not None and len(remember):
-            cuts.append(self._suffix.cut(remember, seed, "remember"))
-            self._sizes.append(len(remember))
-            shown = [
-                torch.cat([labels, constraint.labels(remember)])
-                for labels, constraint in zip(shown, constraints, strict=True)
-            ]
-        self._cut, self._labels = Cut.join(cuts), shown
+        named = zip(sets, ("pool", "remember"), strict=False)  # real images only where there are any
+        self._cut = Cut.join([self._suffix.cut(images, seed, name) for images, name in named])
+        self._sizes = [len(images) for images in sets]
         self._base_nll = self._suffix.nll(self._cut)  # nothing is tuned yet
-
-    def fingerprint(self, base: nn.Module, remember: Tensor | None) -> str:
-        """What a state must share with this run, to the bit; nothing that depends on the machine or a micro-batch."""
-        bounds = [[c.name, c.classes, sorted(c.bounds.items())] for c in self._constraints]
-        facts = [VERSION, self._values.to_dict(), bounds, self._n_bits, self._seed, tensor_digest(base.state_dict())]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        if remember is not None:
-            digest.update(json.dumps(list(remember.shape)).encode())
-            digest.update(remember.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def same_judges(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether a state's judges said of the images what these say: by that a judge is known."""
-        said, now = tensors.get("labels"), torch.stack(self._labels)
-        if said is None or said.shape != now.shape:
-            return False
-        return float((said != now).float().mean(1).max()) <= SAME_JUDGE
 
     def measure(self, step: int) -> dict[str, float]:
         """Look at fresh samples: decide about a confirmation, else correct the weights, once; returns the fractions."""
-        found = self._fractions(self._values.probe, "probe", step) if step else self.before
+        found = self._fractions(self._values.probe, "probe", step) if step else self._plan.before
         if step:
             self._smooth = [
                 SMOOTHING * old + (1 - SMOOTHING) * now.tensor() for old, now in zip(self._smooth, found, strict=True)
@@ -310,26 +277,24 @@ class _Run:
         return {"loss": float(total)}, {"gap": float(parts["gap"].abs().mean())}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tuned weights, Adam's moments, class weights, running fractions."""
+        """Tuned weights, Adam's moments, the plan, class weights, running fractions."""
         return {
             **pack(self._parameters, self._optimiser),
             **{f"mean.{name}": value.detach() for name, value in self._mean.items()},
+            **self._plan.tensors(),
             "class_weights": torch.cat(self._weights),
             "smooth": torch.cat(self._smooth),
-            "labels": torch.stack(self._labels),
             "next": self._next,
             "promising": torch.tensor(self.promising),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of `tensors`."""
+        """The reverse of `tensors`, but for what the plan holds."""
         unpack(tensors, self._parameters, self._optimiser)
         with torch.no_grad():
             for name, value in self._mean.items():
                 value.copy_(tensors[f"mean.{name}"])
-        sizes = [len(weights) for weights in self._weights]
-        self._weights = [part.clone() for part in torch.split(tensors["class_weights"], sizes)]
-        self._smooth = [part.clone() for part in torch.split(tensors["smooth"], sizes)]
+        self._smooth = by_constraint(self._constraints, tensors["smooth"])
         self._next = tensors["next"].clone()
         self.promising = bool(tensors["promising"])
 
@@ -350,7 +315,7 @@ class _Run:
         Near the aim an error is mostly chance, and to follow it would keep the flow moving for nothing: each is shrunk
         by the share of its square that the variance of the fraction's logarithm explains.
         """
-        for j, (one, aim) in enumerate(zip(found, self._aims, strict=True)):
+        for j, (one, aim) in enumerate(zip(found, self._plan.aims, strict=True)):
             least = 0.5 / one.n  # of a class that was not seen
             now = one.tensor().clamp(min=least, max=1 - least)
             error = (aim.clamp(min=least) / now).log()
@@ -361,7 +326,7 @@ class _Run:
 
     def _targets(self, rows: Tensor) -> Tensor:
         """log w of these images, (b,) nats."""
-        parts = [weights[labels[rows]] for weights, labels in zip(self._weights, self._labels, strict=True)]
+        parts = [weights[labels[rows]] for weights, labels in zip(self._weights, self._plan.labels, strict=True)]
         return torch.stack(parts).sum(0).clamp(-EXTREME, EXTREME).float()
 
     def _rows(self, generator: torch.Generator) -> Tensor:
@@ -373,12 +338,6 @@ class _Run:
             parts.append(first + torch.randint(size, (share,), generator=generator))
             first += size
         return torch.cat(parts)
-
-
-def _marginals(weights: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-    """Fractions of every class among samples weighted by prod_j w_j."""
-    mass = torch.stack([weight[label] for weight, label in zip(weights, labels, strict=True)]).sum(0).softmax(0)
-    return [torch.zeros_like(weight).index_add_(0, label, mass) for weight, label in zip(weights, labels, strict=True)]
 
 
 def _flat(found: list[Fractions]) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Parameters of steering: each with its range and where its default comes from."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unlearning.errors import ParameterError
+from unlearning.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -62,30 +62,22 @@ class SteeringParameters:
         return dataclasses.asdict(self)
 
 
-_RANGES: dict[str, tuple[type, float, float, bool]] = {
-    # name: (type, lowest, highest, whether the lowest itself is allowed)
-    "max_steps": (int, 1, 100_000, True),
-    "learning_rate": (float, 0, 1, False),
-    "batch": (int, 2, 4096, True),
-    "pool": (int, 64, 100_000, True),
-    "samples": (int, 100, 1_000_000, True),
-    "confidence": (float, 0.5, 0.9999, True),
-    "measure_every": (int, 1, 10_000, True),
-    "probe": (int, 50, 100_000, True),
-    "gain": (float, 0, 2, True),
-    "average": (float, 0, 0.9999, True),
-    "huber": (float, 0, 1000, False),
-    "clip": (float, 0, 1_000_000, False),
+_RANGES: dict[str, Range] = {
+    "max_steps": Range(int, 1, 100_000),
+    "learning_rate": Range(float, 0, 1, closed=False),
+    "batch": Range(int, 2, 4096),
+    "pool": Range(int, 64, 100_000),
+    "samples": Range(int, 100, 1_000_000),
+    "confidence": Range(float, 0.5, 0.9999),
+    "measure_every": Range(int, 1, 10_000),
+    "probe": Range(int, 50, 100_000),
+    "gain": Range(float, 0, 2),
+    "average": Range(float, 0, 0.9999),
+    "huber": Range(float, 0, 1000, closed=False),
+    "clip": Range(float, 0, 1_000_000, closed=False),
 }
 
 
 def _check(name: str, value: object) -> None:
-    if value is None and name == "samples":
-        return
-    kind, low, high, closed = _RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise ParameterError(name, f"must be a {'whole number' if kind is int else 'number'}, not {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (value == low and not closed):
-        raise ParameterError(
-            name, f"must be {'at least' if closed else 'above'} {low:g} and at most {high:g}, not {value!r}"
-        )
+    if value is not None or name != "samples":
+        _RANGES[name].check(name, value)

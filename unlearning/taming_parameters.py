@@ -1,12 +1,12 @@
 """Parameters of flow taming: each with its symbol, its range and where its default comes from."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from unlearning.errors import ParameterError
+from unlearning.ranges import Range
 
 Engine = Literal["fast", "paper"]
 LossTerm = Literal["forget", "remember", "nll", "kl_forward", "kl_reverse"]
@@ -105,28 +105,27 @@ _DEFAULTS: dict[Engine, dict[str, Any]] = {
     "fast": {"max_steps": 400, "learning_rate": 4e-3, "remember_batch": 96},
     "paper": {"max_steps": 800, "learning_rate": 5e-5, "remember_batch": 8},
 }
-_RANGES: dict[str, tuple[type, float, float, bool]] = {
-    # name: (type, lowest, highest, whether the lowest itself is allowed)
-    "delta": (float, 0, 20, False),
-    "tolerance": (float, 0, 0.999, True),
-    "max_steps": (int, 1, 100_000, True),
-    "learning_rate": (float, 0, 1, False),
-    "forget_batch": (int, 1, 4096, True),
-    "remember_batch": (int, 2, 4096, True),
-    "confirmation_draws": (int, 1, 1000, True),
-    "statistics_images": (int, 16, 100_000, True),
-    "near_duplicate_rms": (float, 0, 255, True),
-    "alpha": (float, 0, 1, True),
-    "gamma": (float, 0, 1, True),
-    "refresh_every": (int, 1, 10_000, True),
-    "keep_weight": (float, 0, 100_000, True),
-    "margin": (float, 0, 10, True),
-    "virtual_share": (float, 0, 1, True),
-    "noise_draws": (int, 1, 64, True),
-    "clip": (float, 0, 1_000_000, False),
-    "forget_variants": (int, 0, 64, True),
-    "variant_target": (float, 0, 1, True),
-    "forget_shift": (int, 0, 8, True),
+_RANGES: dict[str, Range] = {
+    "delta": Range(float, 0, 20, closed=False),
+    "tolerance": Range(float, 0, 0.999),
+    "max_steps": Range(int, 1, 100_000),
+    "learning_rate": Range(float, 0, 1, closed=False),
+    "forget_batch": Range(int, 1, 4096),
+    "remember_batch": Range(int, 2, 4096),
+    "confirmation_draws": Range(int, 1, 1000),
+    "statistics_images": Range(int, 16, 100_000),
+    "near_duplicate_rms": Range(float, 0, 255),
+    "alpha": Range(float, 0, 1),
+    "gamma": Range(float, 0, 1),
+    "refresh_every": Range(int, 1, 10_000),
+    "keep_weight": Range(float, 0, 100_000),
+    "margin": Range(float, 0, 10),
+    "virtual_share": Range(float, 0, 1),
+    "noise_draws": Range(int, 1, 64),
+    "clip": Range(float, 0, 1_000_000, closed=False),
+    "forget_variants": Range(int, 0, 64),
+    "variant_target": Range(float, 0, 1),
+    "forget_shift": Range(int, 0, 8),
 }
 _OPTIONAL = ("max_steps", "learning_rate", "remember_batch")
 
@@ -145,10 +144,4 @@ def _check(name: str, value: object) -> None:
         return
     if value is None and name in _OPTIONAL:
         return
-    kind, low, high, closed = _RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise ParameterError(name, f"must be a {'whole number' if kind is int else 'number'}, not {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (value == low and not closed):
-        raise ParameterError(
-            name, f"must be {'at least' if closed else 'above'} {low:g} and at most {high:g}, not {value!r}"
-        )
+    _RANGES[name].check(name, value)
