@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where our own rooms are: -I leaves it out
 
-from services.sandbox.walls import cut_off, grant_seconds, shut_in, write_frame
+from services.sandbox.walls import cut_off, end_with, grant_seconds, shut_in, write_frame
 
 CPU_SECONDS = 60
 TRIAL = "services.sandbox.classifier_trial"
@@ -36,6 +36,7 @@ def main() -> None:
     """Serve until standard input ends."""
     options = json.loads(sys.argv[1])
     isolation, trial = raise_walls(options["empty_folder"], options["memory_bytes"])
+    end_with(options["lifeline"])
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     write_frame(outgoing, json.dumps({"isolation": isolation}).encode())
     outgoing.flush()

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where our own rooms are: -I leaves it out
 
-from services.sandbox.walls import grant_seconds, isolate, write_frame
+from services.sandbox.walls import end_with, grant_seconds, isolate, write_frame
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE = 2
@@ -118,6 +118,7 @@ def main() -> None:
     Image.MAX_IMAGE_PIXELS = None  # our own check comes first, and refuses instead of warning
     warm_up()
     isolation = isolate(options["empty_folder"], options["memory_bytes"])
+    end_with(options["lifeline"])
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     write_frame(outgoing, json.dumps({"isolation": isolation}).encode())
     outgoing.flush()

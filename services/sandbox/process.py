@@ -1,10 +1,14 @@
-"""The service's side of a walled process: started without environment, spoken to in frames, ended after a time."""
+"""The service's side of a walled process: started without environment, spoken to in frames, ended after a time.
+
+It ends with us too, however we do, through a pipe whose other end we alone hold (``services.sandbox.walls.end_with``).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import os
 import struct
 import subprocess
 import sys
@@ -41,16 +45,25 @@ class WalledProcess:
     def __init__(self, program: Path, options: Mapping[str, Any], *, memory_bytes: int, wall_seconds: float) -> None:
         self._wall_seconds, self._memory_bytes = wall_seconds, memory_bytes
         self._empty = tempfile.TemporaryDirectory(prefix="forgetd-empty-")
-        told = {**options, "memory_bytes": memory_bytes, "empty_folder": self._empty.name}
-        self._process = subprocess.Popen(  # noqa: S603 our own program, no shell
-            [sys.executable, "-I", str(program), json.dumps(told)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a decoder's messages may quote the file
-            env=ENVIRONMENT,
-            cwd=self._empty.name,
-            start_new_session=True,
-        )
+        lifeline, held = os.pipe()
+        self._held = os.fdopen(held, "wb")
+        told = {**options, "memory_bytes": memory_bytes, "empty_folder": self._empty.name, "lifeline": lifeline}
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 our own program, no shell
+                [sys.executable, "-I", str(program), json.dumps(told)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # a decoder's messages may quote the file
+                env=ENVIRONMENT,
+                cwd=self._empty.name,
+                start_new_session=True,
+                pass_fds=(lifeline,),
+            )
+        except OSError:
+            self._held.close()
+            raise
+        finally:
+            os.close(lifeline)
         try:
             self.isolation: list[str] = self._facts()["isolation"]
             _warn_once(tuple(sorted(WALLS - set(self.isolation))))
@@ -62,7 +75,7 @@ class WalledProcess:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._process.stdin, self._process.stdout, self._held):
             if stream is not None:
                 with contextlib.suppress(OSError):  # bytes that the dead process did not take
                     stream.close()

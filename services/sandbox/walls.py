@@ -6,20 +6,22 @@ Standard library alone: the processes that stand behind these walls are started 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
+import select
 import signal
 import struct
 import sys
 from typing import IO
 
-__all__ = ["cut_off", "grant_seconds", "isolate", "shut_in", "write_frame"]
+__all__ = ["cut_off", "end_with", "grant_seconds", "isolate", "shut_in", "write_frame"]
 
 OPEN_FILES = 16
 NOBODY = 65534
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x00020000, 0x10000000, 0x40000000, 0x08000000
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_NO_NEW_PRIVS = 38
 
 
 def isolate(empty_folder: str, memory_bytes: int) -> list[str]:
@@ -46,7 +48,6 @@ def cut_off() -> list[str]:
         raise RuntimeError(f"walls are raised in a process of one thread, and this one has {threads}")
     done = []
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     user = () if os.geteuid() == 0 else (CLONE_NEWUSER,)
     if libc.unshare(sum((CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS, *user))) == 0:
         done.append("network")
@@ -79,6 +80,27 @@ def shut_in(empty_folder: str, memory_bytes: int) -> list[str]:
         limit(resource.RLIMIT_NPROC, 0)
         limit(resource.RLIMIT_AS, memory_bytes)
     return done
+
+
+def end_with(lifeline: int) -> None:
+    """End this process, whatever it is doing, once nobody holds the other end of a pipe that nobody writes to.
+
+    PR_SET_PDEATHSIG would not do: it fires when the *thread* that started us ends, and a gateway's threads come and go.
+    Call it once the user is the last one: the kernel asks whether whoever armed it may signal us. Linux alone; on other
+    systems a process whose owner is gone ends when it next reads or writes, or when its processor time is spent.
+
+    Args:
+        lifeline: the end of the pipe that is ours to read.
+    """
+    if sys.platform != "linux":
+        return
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    ended = select.poll()
+    ended.register(lifeline, 0)
+    if ended.poll(0):  # its owner was gone before we asked
+        os._exit(1)
 
 
 def limit(what: int, value: int) -> None:

@@ -47,6 +47,10 @@ def main() -> int:
         if stopping:
             return ExitCode.INTERRUPTED
         _misbehave(parameters, job, step)
+        if step == parameters.get("slow_at"):
+            for _ in range(parameters["slow_parts"]):
+                time.sleep(0.1)
+                reporter.alive()
     reporter.phase("evaluating")
     return _result(folder, job, parameters, reporter)
 

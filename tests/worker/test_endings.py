@@ -138,6 +138,16 @@ def test_a_runner_that_hangs_in_silence_is_killed_and_counted_as_lost(
     assert not alive(jobs.starts(job_id)[0]["pid"])
 
 
+def test_a_runner_that_is_slow_and_says_that_it_lives_is_no_silent_one(
+    make_supervisor: Callable[..., Supervisor], settings: Settings, jobs: Jobs
+) -> None:
+    supervisor = make_supervisor(settings=settings.model_copy(update={"runner_silence_seconds": 5.0}))
+    job_id = jobs.queue(steps=4, slow_at=3, slow_parts=65)
+
+    assert supervisor.run(job_id) == "succeeded"
+    assert jobs.row(job_id).infrastructure_losses == 0
+
+
 def test_a_crash_is_logged_by_its_place_and_not_by_its_words(
     supervisor: Supervisor, jobs: Jobs, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,9 @@ from tests.worker.helpers import PATIENCE_SECONDS, ROOT
 from tests.worker.judges import SIDE, write_brightness
 from tests.worker.runs import Bench, tiny
 from worker.runner.base import load_base
+from worker.runner.contract import ExitCode
 from worker.runner.judges import refused_by_judge, wanted_of
-from worker.runner.problems import UserError
+from worker.runner.problems import OutOfMemory, UserError
 from worker.runner.sets import reader_of
 from worker.runner.walled_model import IMAGES_AT_ONCE, Deadlines, JudgeProcess, WalledModel
 
@@ -219,6 +222,14 @@ def test_the_runtime_starts_no_thread_that_reports_to_its_maker() -> None:
     assert python(code, threads=1).split() == ["1"]
 
 
+def debias(folder: Path, judge: dict[str, Any]) -> Bench:
+    """A job that spreads samples over the classes of a judge."""
+    bench = Bench(folder, tiny("glow"))
+    wanted = {"target_distribution": {"dark": 0.5, "bright": 0.5}, "tolerance": 0.2, "confidence": 0.95}
+    bench.job.update(kind="debias", method="steering", attribute=judge, **wanted)
+    return bench
+
+
 def test_classifiers_of_a_job_share_a_process(tmp_path: Path) -> None:
     bench = Bench(tmp_path, tiny("glow"))
     judges = [write_brightness(tmp_path / "inputs" / "classifiers" / f"{number}.onnx") for number in range(2)]
@@ -258,8 +269,9 @@ def test_a_model_that_takes_all_memory_for_some_images_is_refused_and_the_runner
     model = walled(greedy(path))
     assert model.labels(0 * images(2)).tolist() == [0, 0]  # as at the door
 
-    with pytest.raises(ClassifierOutputError, match="brightness"):
+    with pytest.raises(ClassifierOutputError, match="brightness needs more memory than the 8 GiB"):
         model.labels(images(2))
+    assert model.labels(0 * images(2)).tolist() == [0, 0]
 
 
 def test_a_model_that_does_not_end_for_some_images_is_refused_with_the_time_it_had(path: Path) -> None:
@@ -282,6 +294,74 @@ def test_a_deadline_is_of_one_batch_and_does_not_run_while_nothing_is_asked(path
     for _ in range(3):
         time.sleep(0.8)  # together longer than the deadline
         assert model.labels(0 * images(2)).tolist() == [0, 0]
+
+
+def test_a_deadline_of_all_batches_together_ends_what_no_batch_is_late_for(path: Path) -> None:
+    process = JudgeProcess(path.parent, Deadlines(batch=1.0, image=0.0), at_once=1)
+    model = process.open(path, SPEC, SHAPE)
+    assert model.labels(images(3)).shape == (3,)
+
+    with pytest.raises(ClassifierOutputError, match="brightness did not answer to 100000 images within 1 s"):
+        model.labels(images(100_000))  # thousands of them a second, at most
+
+
+def test_each_batch_is_told_and_no_larger_than_it_may_be(path: Path) -> None:
+    told: list[None] = []
+    process = JudgeProcess(path.parent, at_once=2, on_batch=lambda: told.append(None))
+
+    labels = process.open(path, SPEC, SHAPE).labels(images(5))
+
+    assert len(told) == 3
+    assert np.array_equal(labels, OnnxModel(path, SPEC, SHAPE).labels(images(5)))
+
+
+@pytest.mark.parametrize("divisor", [1, 4])
+def test_a_runner_says_that_it_lives_after_each_batch_in_every_phase(divisor: int, tmp_path: Path) -> None:
+    bench = debias(tmp_path, write_brightness(tmp_path / "inputs" / "classifiers" / "0.onnx"))
+    bench.job.update(micro_batch_divisor=divisor, parameters={"max_steps": 1, "pool": 512, "samples": 300})
+
+    said = [message["type"] for message in bench.run_here().messages]
+
+    validating, rest = said[: said.index("phase")], said[said.index("phase") :]
+    batch = IMAGES_AT_ONCE // divisor
+    assert validating.count("alive") == sum(math.ceil(n / batch) for n in (512, 300))  # the pool, and its first test
+    assert "alive" in rest[len(rest) - rest[::-1].index("phase") :]
+
+
+def test_a_process_that_is_killed_from_outside_is_no_classifier_s_fault(path: Path) -> None:
+    process = JudgeProcess(path.parent)
+    idle, at_work = process.open(path, SPEC, SHAPE), walled(endless(path.with_name("1.onnx")))
+    os.kill(process.pid, signal.SIGKILL)
+    killer = threading.Timer(0.5, os.kill, (at_work._process.pid, signal.SIGKILL))
+    killer.start()
+
+    for model in (idle, at_work):
+        with pytest.raises(OutOfMemory), refused_by_judge("/attribute/classifier"):
+            model.labels(images(2))
+    killer.join()
+
+
+def test_a_classifier_that_brings_its_process_down_is_refused_with_how_it_ended(path: Path) -> None:
+    process = JudgeProcess(path.parent)
+    model = process.open(path, SPEC, SHAPE)
+    os.kill(process.pid, signal.SIGABRT)  # as the runtime's own libraries do on their way out
+
+    with pytest.raises(ClassifierOutputError, match=r"brightness brought down .* \(signal 6\)"):
+        model.labels(images(2))
+
+
+def test_a_runner_whose_classifiers_are_killed_ends_as_one_that_is_out_of_memory(tmp_path: Path) -> None:
+    bench = debias(tmp_path, write_brightness(tmp_path / "inputs" / "classifiers" / "0.onnx"))
+
+    def kill(runner: subprocess.Popen[bytes], said: dict[str, Any]) -> None:
+        if said == {"type": "phase", "phase": "validating"}:
+            until(lambda: bool(psutil.Process(runner.pid).children()))
+            psutil.Process(runner.pid).children()[0].kill()
+
+    ended = bench.run(kill)
+
+    assert ended.status == ExitCode.OUT_OF_MEMORY
+    assert "error" not in [message["type"] for message in ended.messages]
 
 
 @LINUX

@@ -84,6 +84,10 @@ class Reporter:
             }
         )
 
+    def alive(self) -> None:
+        """Nothing new, and no hang: a part of a long step is done."""
+        self._say({"type": "alive"})
+
     def state(self, path: Path, folder: Path, *, step: int) -> None:
         """A state that the next attempt can start from has been written, whole."""
         self._say({"type": "state", "path": str(path.relative_to(folder)), "step": step})

@@ -11,7 +11,7 @@ import numpy as np
 
 from evidence.errors import ClassifierError, ClassifierOutputError
 from evidence.onnx_model import OnnxModel, OnnxSpec
-from worker.runner.judge_process import read_frame
+from worker.runner.judge_process import MEMORY_BYTES, read_frame
 
 __all__ = ["Sessions"]
 
@@ -39,7 +39,7 @@ class Sessions:
         try:
             self._opened.append((OnnxModel(Path(told["path"]), _spec_of(told["spec"]), shape), shape))
         except (ClassifierError, MemoryError) as error:
-            return [_refusal(error, "opened")]
+            return [_refusal(error, told["spec"]["name"])]
         return [b"{}"]
 
     def _judge(self, number: int, data: bytes) -> list[bytes]:
@@ -47,7 +47,7 @@ class Sessions:
         try:
             labels = model.labels(np.frombuffer(data, dtype=np.uint8).reshape(-1, *shape))
         except (ClassifierError, MemoryError) as error:
-            return [_refusal(error, "run")]
+            return [_refusal(error, model.name)]
         return [b"{}", labels.astype("<i8").tobytes()]
 
 
@@ -62,8 +62,11 @@ def _spec_of(told: Mapping[str, Any]) -> OnnxSpec:
     )
 
 
-def _refusal(error: Exception, done: str) -> bytes:
-    known = error
-    if not isinstance(error, ClassifierError):
-        known = ClassifierOutputError(f"the classifier could not be {done} within its limits of memory")
-    return json.dumps({"refused": type(known).__name__, "message": str(known)[:1000]}).encode()
+def _refusal(error: ClassifierError | MemoryError, name: str) -> bytes:
+    cause = error.__cause__ if isinstance(error, ClassifierError) else error
+    if isinstance(cause, MemoryError) or "alloc" in str(cause):  # the runtime says so by its wording alone
+        error = ClassifierOutputError(
+            f"the classifier {name} needs more memory than the {MEMORY_BYTES / 2**30:g} GiB that all classifiers of a "
+            "job have; use a smaller one"
+        )
+    return json.dumps({"refused": type(error).__name__, "message": str(error)[:1000]}).encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from evidence.steering_records import FractionBounds
 from worker.runner.base import Base
 from worker.runner.images import Reader
 from worker.runner.problems import UserError
-from worker.runner.walled_model import JudgeProcess, WalledModel
+from worker.runner.walled_model import IMAGES_AT_ONCE, JudgeProcess, WalledModel
 
 __all__ = ["Judge", "Wanted", "refused_by_judge", "wanted_of"]
 
@@ -76,13 +76,22 @@ class Wanted:
         return {} if accuracy is None else {f"accuracy/{self.judge.name}": accuracy.value}
 
 
-def wanted_of(job: Mapping[str, Any], folder: Path, reader: Reader, base: Base) -> list[Wanted]:
+def wanted_of(
+    job: Mapping[str, Any], folder: Path, reader: Reader, base: Base, *, on_batch: Callable[[], None] = lambda: None
+) -> list[Wanted]:
     """What a job asks of samples, judge by judge: bounds that name the same judge are put to it together.
+
+    Args:
+        job: what is asked.
+        folder: the job's.
+        reader: of labelled sets.
+        base: the flow whose samples are judged.
+        on_batch: called after each batch that a caller's classifier judged, which may take minutes.
 
     Raises:
         UserError: a judge cannot judge this flow, its sets are too small, or it has no such class.
     """
-    bench = _Bench(job, folder, reader, base)
+    bench = _Bench(job, folder, reader, base, on_batch)
     if job["kind"] == "debias":
         return [_debias(job, bench)]
     groups: dict[str, list[int]] = {}
@@ -126,8 +135,12 @@ class _Walled:
 class _Bench:
     """Makes the judges of one job, each with a name of its own."""
 
-    def __init__(self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Base) -> None:
+    def __init__(
+        self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Base, on_batch: Callable[[], None]
+    ) -> None:
         self._seed, self._folder, self._reader, self._base = job["seed"], folder, reader, base
+        # What ran out of memory is tried again in smaller batches, which judges may need as much as the flow.
+        self._at_once, self._on_batch = max(1, IMAGES_AT_ONCE // job.get("micro_batch_divisor", 1)), on_batch
         self._names: set[str] = set()
         self._process: JudgeProcess | None = None
 
@@ -154,7 +167,7 @@ class _Bench:
         )
         path = self._folder / spec["onnx"]
         if self._process is None:  # one for all of them: together they have the memory and the core of one
-            self._process = JudgeProcess(path.parent)
+            self._process = JudgeProcess(path.parent, at_once=self._at_once, on_batch=self._on_batch)
         return _Walled(self._process.open(path, described, self._base.image_shape), self._base.image_shape)
 
     def _from_sets(self, sets: Mapping[str, list[str]], place: str) -> Classifier:

@@ -60,7 +60,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         base = load_base(job, folder)
         confidence = float(job.get("confidence") or CONFIDENCE)
         parameters = parameters_of(job, lambda given: SteeringParameters.from_dict({"confidence": confidence, **given}))
-        inputs = _read(job, folder, base)
+        inputs = _read(job, folder, base, reporter)
         check_likelihoods(base, first_samples(base, job["seed"]), job["seed"])
         constraints = [_constraint(one) for one in inputs.wanted]
         samples = parameters.samples or _samples(job, constraints, confidence)
@@ -78,9 +78,9 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         conclude(job, base, change, asked, folder=folder, reporter=reporter)
 
 
-def _read(job: Mapping[str, Any], folder: Path, base: Base) -> _Inputs:
+def _read(job: Mapping[str, Any], folder: Path, base: Base, reporter: Reporter) -> _Inputs:
     reader = reader_of(job, folder, base)
-    wanted = wanted_of(job, folder, reader, base)
+    wanted = wanted_of(job, folder, reader, base, on_batch=reporter.alive)
     remember = images_to_remember(job, reader)
     held_out = reader.read_or_none((job["inputs"].get("evaluation") or {}).get("held_out"), "held_out")
     return _Inputs(wanted, remember, held_out, reader.fitting())
