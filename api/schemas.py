@@ -26,7 +26,7 @@ __all__ = [
     "JobResource",
 ]
 
-Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior"]
+Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae"]
 Output = Literal["logits", "probabilities", "score"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 

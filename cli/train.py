@@ -38,13 +38,13 @@ def train(
         ),
     ],
     family: Annotated[
-        str, typer.Option("--family", help="Of flow: glow, realnvp, maf, iaf, tarflow or class-prior.")
+        str, typer.Option("--family", help="A flow (glow, realnvp, maf, iaf, tarflow, class-prior), or a vae.")
     ] = "glow",
     out: Annotated[Path, typer.Option("--out", help="The checkpoint to write.")] = Path("base.safetensors"),
     size: Annotated[int, typer.Option(min=2, max=1024, help="Side of the square that images are fitted to.")] = 32,
     channels: Annotated[int, typer.Option(min=1, max=3, help="3: colour; 1: grey, which learns sooner.")] = 3,
     n_bits: Annotated[
-        int | None, typer.Option("--n-bits", min=1, max=8, help="Colour depth; 5 by default, 8 for noisy flows.")
+        int | None, typer.Option("--n-bits", min=1, max=8, help="Colour depth; 5, or 8 for a noisy flow or a vae.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the family's own by default.")] = None,
     minutes: Annotated[
@@ -59,7 +59,7 @@ def train(
         float, typer.Option("--hold-out", min=0.0, max=0.9, help="Share of the images that is only measured on.")
     ] = 0.1,
     conditional: Annotated[
-        bool, typer.Option("--conditional", help="Sub-folders are the classes of a tarflow; of a class-prior always.")
+        bool, typer.Option("--conditional", help="Sub-folders are classes of a tarflow; of class-prior and vae always.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[
@@ -67,10 +67,11 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Train a flow on a folder of your images, and write a checkpoint that `forgetd checkpoints push` takes.
+    """Train a model on a folder of your images, and write a checkpoint that `forgetd checkpoints push` takes.
 
     Nothing leaves this machine, and no service is needed. Part of the images is held out; at the end the command prints
-    bits per dimension on both parts, and whether the service would take the checkpoint. Ctrl-C leaves no half a file.
+    bits per dimension on both parts (of a vae its bound, in nats an image), and whether the service would take the
+    checkpoint. Ctrl-C leaves no half a file.
     """
     given: dict[str, Any] = {
         "--family": family, "--out": out, "--size": size, "--channels": channels, "--n-bits": n_bits, "--steps": steps,
@@ -162,9 +163,12 @@ def _shown() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda _: None
         return
     with progress_bar("training") as show:
-        yield lambda told: show(
-            told["seconds"], told["total_seconds"] or 0.0, f"step {told['step']}, {told['bpd']:.3f} bits a dimension"
-        )
+        yield lambda told: show(told["seconds"], told["total_seconds"] or 0.0, f"step {told['step']}, {_now(told)}")
+
+
+def _now(told: dict[str, Any]) -> str:
+    """The running loss; a model that is known by a bound tells that, in nats."""
+    return f"{told['bpd']:.3f} bits a dimension" if "bpd" in told else f"{told['nats']:.1f} nats an image"
 
 
 def _complaint(code: int, said: list[str]) -> list[str]:
@@ -178,13 +182,16 @@ def _complaint(code: int, said: list[str]) -> list[str]:
 
 def _lines(result: dict[str, Any]) -> list[str]:
     """The result, for a person."""
-    data, held_out = result["data"], result["bits_per_dim_held_out"]
+    data, bound = result["data"], "nats_per_image_training" in result
+    unit = "nats_per_image" if bound else "bits_per_dim"
+    what = "negative ELBO in nats an image" if bound else "bits per dimension"
+    held_out = result[f"{unit}_held_out"]
     classes = f", {len(data['classes'])} classes" if data["classes"] else ""
     lines = [
         f"{result['path']}: {result['family']}, {result['parameters']:,} parameters, {result['steps']} steps "
         f"in {result['seconds']:.0f} s",
         f"images: {data['images']} in training, {data['held_out']} held out{classes}",
-        f"bits per dimension: {result['bits_per_dim_training']:.3f} in training"
+        f"{what}: {result[f'{unit}_training']:.3f} in training"
         + (f", {held_out:.3f} held out" if held_out is not None else ""),
     ]
     lines += [f"Note: {text}" for text in result["warnings"]]

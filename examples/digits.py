@@ -39,8 +39,8 @@ DIGITS = 500
 """Images of each digit in the wheel."""
 HELD_OUT = 100
 """Images of each digit that are never in training."""
-FULL_SIZE = 32
-IMAGE_SIZE = 16
+FULL_SIZE, PLAIN_SIZE, IMAGE_SIZE = 32, 28, 16
+"""Sides in pixels: padded, as in the wheel, and what the Glow draws."""
 N_BITS = 3
 SEED = 0
 ARCHITECTURE: dict[str, Any] = {"n_block": 2, "n_flow": 8, "hidden": 96, "affine": True}
@@ -74,10 +74,10 @@ class Digits:
     """Images, uint8 (n, 1, side, side), with their labels, int64 (n,), in a fixed split that is even over digits."""
 
     training: Tensor
-    """4,000 images."""
+    """4,000 images, or what is not held out."""
     training_labels: Tensor
     held_out: Tensor
-    """1,000 images that nothing is trained on."""
+    """1,000 images that nothing is trained on, or as many as asked for."""
     held_out_labels: Tensor
 
 
@@ -121,27 +121,32 @@ class DigitClassifier(nn.Module):
         return torch.cat([self.features(part.float() / 255) for part in torch.split(images, batch)])
 
 
-def load_digits(image_size: int = IMAGE_SIZE) -> Digits:
+def load_digits(image_size: int = IMAGE_SIZE, held_out: int = HELD_OUT) -> Digits:
     """Read the 5,000 digits, split 4,000 to 1,000, evenly over digits and always alike.
 
     Args:
-        image_size: 32 (28 x 28, padded) or 16 (that, averaged over 2 x 2).
+        image_size: 28 (as they are), 32 (padded) or 16 (that, averaged over 2 x 2).
+        held_out: images of each digit that are held out; fewer are the first of more.
     """
-    if image_size not in (FULL_SIZE, IMAGE_SIZE):
-        raise ImageError(f"the digits come at {FULL_SIZE} or {IMAGE_SIZE} pixels a side, not {image_size}")
+    sizes = (FULL_SIZE, PLAIN_SIZE, IMAGE_SIZE)
+    if image_size not in sizes:
+        raise ImageError(f"the digits come at {', '.join(map(str, sizes))} pixels a side, not {image_size}")
+    if not 0 < held_out < DIGITS:
+        raise ImageError(f"of each digit 1 to {DIGITS - 1} can be held out, not {held_out}")
     with gzip.open(_wheel_file(), "rt") as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))  # (5000, 785), the label last
     labels = table[:, -1].long()
-    padded = F.pad(table[:, :-1].reshape(-1, 1, 28, 28), (2, 2, 2, 2))
+    plain = table[:, :-1].reshape(-1, 1, PLAIN_SIZE, PLAIN_SIZE)
+    padded = plain if image_size == PLAIN_SIZE else F.pad(plain, (2, 2, 2, 2))
     images = (F.avg_pool2d(padded, 2) if image_size == IMAGE_SIZE else padded).round().to(torch.uint8)
     generator = torch.Generator().manual_seed(SEED)
-    training, held_out = [], []
+    training, outside = [], []
     for digit in range(len(CLASSES)):
         rows = (labels == digit).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        held_out.append(rows[:HELD_OUT])
-        training.append(rows[HELD_OUT:])
-    kept, apart = torch.cat(training), torch.cat(held_out)
+        outside.append(rows[:held_out])
+        training.append(rows[held_out:])
+    kept, apart = torch.cat(training), torch.cat(outside)
     return Digits(images[kept], labels[kept], images[apart], labels[apart])
 
 
@@ -174,7 +179,7 @@ def digit_classifier(
     cache_dir: Path | None = None, image_size: int = IMAGE_SIZE, recipe: ClassifierRecipe = CLASSIFIER_RECIPE
 ) -> DigitClassifier:
     """The trained classifier, from the cache or trained now (a minute) and kept there."""
-    path = _cached("digit-classifier", [asdict(recipe), image_size, HELD_OUT], cache_dir)
+    path = cached("digit-classifier", [asdict(recipe), image_size, HELD_OUT], cache_dir)
     model = DigitClassifier(image_size)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +245,7 @@ def train_base(
 
 def base_path(cache_dir: Path | None = None, recipe: TrainingRecipe = RECIPE) -> Path:
     """The file of the base that this recipe trains; another recipe has another name."""
-    return _cached("digit-glow", [ARCHITECTURE, asdict(recipe), IMAGE_SIZE, N_BITS, SEED, HELD_OUT], cache_dir)
+    return cached("digit-glow", [ARCHITECTURE, asdict(recipe), IMAGE_SIZE, N_BITS, SEED, HELD_OUT], cache_dir)
 
 
 def digit_base(
@@ -348,7 +353,8 @@ def _reset(model: nn.Module, generator: torch.Generator) -> None:
                 module.bias.zero_()
 
 
-def _cached(name: str, facts: list[Any], cache_dir: Path | None) -> Path:
+def cached(name: str, facts: list[Any], cache_dir: Path | None) -> Path:
+    """Where what these facts make is kept; other facts have another file."""
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return (cache_dir or default_cache()) / f"{name}-{key}.safetensors"
 

@@ -46,6 +46,41 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, shift: in
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
+def distort(
+    images: Tensor, generator: torch.Generator, *, turn: float, zoom: float, shear: float, move: float, share: float
+) -> Tensor:
+    """Turn, scale, slant and move a share of the images, each by its own random amounts, repeating the border.
+
+    Unlike `warp` it mirrors nothing and bends nothing: a letter stays the letter that it is.
+
+    Args:
+        images: uint8 (n, c, h, w), on any device.
+        generator: draws the choice; on the CPU.
+        turn: largest angle each way, in degrees.
+        zoom: largest change of width and of height, as a share.
+        shear: largest slant each way, as a share of the height.
+        move: largest move each way, in pixels.
+        share: of the images that are changed, 0 to 1.
+
+    Returns:
+        uint8 (n, c, h, w), on the device of the images.
+    """
+    n, c, height, width = images.shape
+    changed = (torch.rand(n, generator=generator) < share).float()
+
+    def amounts(most: float) -> Tensor:
+        return (torch.rand(n, generator=generator) * 2 - 1) * most * changed
+
+    angle, slant, across, down = amounts(math.radians(turn)), amounts(shear), 1 + amounts(zoom), 1 + amounts(zoom)
+    rows = [  # positions of the result in the image, which the affine grid counts from -1 to 1
+        torch.stack([angle.cos() * across, slant - angle.sin() * down, amounts(2 * move / width)], 1),
+        torch.stack([angle.sin() * across, angle.cos() * down, amounts(2 * move / height)], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), [n, c, height, width], align_corners=False).to(images.device)
+    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return moved.round().clamp(0, 255).to(torch.uint8)
+
+
 def warp(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images; turn, scale, move and smoothly distort each at random, repeating the border.
 

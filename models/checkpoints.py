@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.conditional import CheckpointedConditional
 from models.errors import (
     ArchitectureError,
     CheckpointFormatError,
@@ -27,9 +28,10 @@ from models.errors import (
     NonFiniteError,
     TensorMismatchError,
     UnknownFamilyError,
+    WrongKindError,
 )
-from models.families import FAMILIES
-from models.protocol import CheckpointedFlow
+from models.families import CONDITIONALS, FAMILIES, FLOWS
+from models.protocol import Checkpointed, CheckpointedFlow
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "forgetd"
@@ -114,25 +116,24 @@ def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any]
 
     Args:
         path: where; an existing file is replaced.
-        model: a flow of a known family, on any device.
+        model: a model of a known family, on any device.
         extra: JSON facts to keep beside it, such as the training recipe.
 
     Returns:
         The manifest written.
     """
-    if not isinstance(model, CheckpointedFlow) or model.family not in FAMILIES:
+    if not isinstance(model, Checkpointed) or model.family not in FAMILIES:
         raise UnknownFamilyError(f"{type(model).__name__} is of no known family ({', '.join(sorted(FAMILIES))})")
-    flow = model
-    if len(flow.image_shape) != 3:
-        raise ArchitectureError(f"checkpoints hold images (c, h, w), not values of shape {tuple(flow.image_shape)}")
-    channels, height, width = flow.image_shape
+    if len(model.image_shape) != 3:
+        raise ArchitectureError(f"checkpoints hold images (c, h, w), not values of shape {tuple(model.image_shape)}")
+    channels, height, width = model.image_shape
     if height != width:
         raise ArchitectureError(f"checkpoints hold square images, not {height} x {width}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     _check_finite(tensors)
     manifest = Manifest(
-        family=flow.family, architecture=dict(flow.architecture), image_size=height, channels=channels,
-        n_bits=flow.n_bits, tensor_digest=tensor_digest(tensors), extra=dict(extra or {}),
+        family=model.family, architecture=dict(model.architecture), image_size=height, channels=channels,
+        n_bits=model.n_bits, tensor_digest=tensor_digest(tensors), extra=dict(extra or {}),
     )  # fmt: skip
     text = manifest.to_json()
     Manifest.from_json(text)  # what could not be read again is not written
@@ -149,7 +150,7 @@ def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any]
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """Load a checkpoint, in evaluation mode; every claim of its manifest is verified.
 
-    The result is also a `models.protocol.CheckpointedFlow`; `load_flow` has that type.
+    The result is also a `models.protocol.Checkpointed`; `load_flow` and `load_conditional` have the narrower types.
 
     Raises:
         CheckpointError: a leaf of that tree says what is wrong and what to do.
@@ -169,8 +170,32 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.
 
 
 def load_flow(path: Path | str, device: torch.device | str = "cpu") -> CheckpointedFlow:
-    """`load_checkpoint`, typed as the flow it is."""
+    """`load_checkpoint`, typed as the flow it is.
+
+    Raises:
+        WrongKindError: the model is no flow.
+    """
+    _check_kind(path, FLOWS, "a flow, which has exact likelihoods")
     return cast(CheckpointedFlow, load_checkpoint(path, device))
+
+
+def load_conditional(path: Path | str, device: torch.device | str = "cpu") -> CheckpointedConditional:
+    """`load_checkpoint`, typed as the conditional model it is.
+
+    Raises:
+        WrongKindError: the model is none.
+    """
+    _check_kind(path, CONDITIONALS, "a conditional model")
+    return cast(CheckpointedConditional, load_checkpoint(path, device))
+
+
+def _check_kind(path: Path | str, kind: Mapping[str, object], needed: str) -> None:
+    family = read_manifest(path).family
+    if family in FAMILIES and family not in kind:
+        raise WrongKindError(
+            f"the checkpoint holds a model of family {family!r}; what was asked for works on {needed}: "
+            f"{', '.join(sorted(kind))}"
+        )
 
 
 def read_manifest(path: Path | str) -> Manifest:

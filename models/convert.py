@@ -24,6 +24,7 @@ from models.checkpoints import (
 )
 from models.convert_glow import glow_from_state_dict
 from models.convert_tarflow import is_tarflow, tarflow_from_state_dict
+from models.convert_vae import is_vae, vae_from_state_dict
 from models.errors import (
     CheckpointFormatError,
     ManifestError,
@@ -53,13 +54,14 @@ def convert(
     """Convert a checkpoint of any accepted kind to ours.
 
     Accepted: our own files (verified and copied), and plain state dicts, as safetensors or as a torch archive, of the
-    Flow Taming authors' Glow layout and of Apple's TarFlow layout. Everything that shapes tell is inferred.
+    Flow Taming authors' Glow layout, of Apple's TarFlow layout, and of the Selective Amnesia authors' VAE layout.
+    Everything that shapes tell is inferred.
 
     Args:
         source: the file as uploaded.
         destination: where the checkpoint goes.
-        image_size: side of the square image in pixels; no Glow file tells it, every TarFlow file does.
-        n_bits: colour depth a channel; no Glow file tells it, a TarFlow is taken to have 8.
+        image_size: side of the square image in pixels; no Glow file tells it, those of TarFlows and VAEs do.
+        n_bits: colour depth a channel; no Glow file tells it, a TarFlow and a VAE are taken to have 8.
         family: model family, where the caller knows it; otherwise told from the names.
         noise_std: of the noise that a TarFlow was trained with, on images in [-1, 1]; only its file's name tells it.
 
@@ -76,7 +78,7 @@ def convert(
         tensors = load_tensors(source)
     else:
         tensors = _read_torch_archive(source)
-    family = family or ("tarflow" if is_tarflow(tensors) else "glow")
+    family = family or ("tarflow" if is_tarflow(tensors) else "vae" if is_vae(tensors) else "glow")
     if family not in FAMILIES:
         raise UnknownFamilyError(f"family {family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
     model = _from_state_dict(family, tensors, image_size, n_bits, noise_std)
@@ -89,6 +91,8 @@ def _from_state_dict(
     """The model that a foreign state dict holds, once everything is stated that it does not tell."""
     if family == "tarflow":
         return tarflow_from_state_dict(tensors, noise_std=noise_std, image_size=image_size, n_bits=n_bits)
+    if family == "vae":
+        return vae_from_state_dict(tensors, image_size=image_size, n_bits=n_bits)
     if family != "glow":
         raise UnknownFamilyError(f"no foreign layout of family {family!r} is known; train it here, or save it with us")
     missing = [name for name, value in (("image_size", image_size), ("n_bits", n_bits)) if value is None]

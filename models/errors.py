@@ -29,6 +29,10 @@ class UnknownFamilyError(CheckpointError):
     """The model family is not one that this version knows."""
 
 
+class WrongKindError(CheckpointError):
+    """The checkpoint holds a model of a known family, of another kind than is needed here."""
+
+
 class ArchitectureError(CheckpointError):
     """The architecture is out of range or does not fit the image size."""
 
@@ -39,6 +43,10 @@ class TensorMismatchError(CheckpointError):
 
 class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity: the training that wrote it diverged."""
+
+
+class UnusableModelError(CheckpointError):
+    """The weights load, but the model that they make cannot be used by any job: use an earlier checkpoint."""
 
 
 class DigestError(CheckpointError):

@@ -1,36 +1,38 @@
-"""The families of flows that a checkpoint may hold: a new one is an entry here and in the law tests' table."""
+"""The families of models that a checkpoint may hold: a new one is an entry here and in the table of its law tests."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from models.autoregressive import IAF, MAF
 from models.class_prior import ClassPriorFlow
+from models.conditional import CheckpointedConditional
 from models.glow import Glow
-from models.protocol import CheckpointedFlow
+from models.protocol import Checkpointed, CheckpointedFlow
 from models.realnvp import RealNVP
 from models.tarflow import TarFlow
+from models.vae import ConditionalVAE
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["CONDITIONALS", "FAMILIES", "FLOWS", "Family"]
+
+M_co = TypeVar("M_co", bound=Checkpointed, covariant=True)
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a manifest becomes a flow."""
+class Family(Generic[M_co]):
+    """How a manifest becomes a model."""
 
-    flow: Callable[..., CheckpointedFlow]
-    """The class; called as `flow(image_shape, n_bits, **architecture)`, and with a `generator` to start training."""
+    model: Callable[..., M_co]
+    """The class; called as `model(image_shape, n_bits, **architecture)`, and with a `generator` to start training."""
     architecture: Mapping[str, type]
     """Every field of the manifest's architecture with its JSON type; all are required."""
 
-    def build(
-        self, image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]
-    ) -> CheckpointedFlow:
-        """An empty flow of this family, for weights to be loaded into."""
-        return self.flow(image_shape, n_bits, **architecture)
+    def build(self, image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]) -> M_co:
+        """An empty model of this family, for weights to be loaded into."""
+        return self.model(image_shape, n_bits, **architecture)
 
 
-FAMILIES: dict[str, Family] = {
+FLOWS: dict[str, Family[CheckpointedFlow]] = {
     "glow": Family(Glow, {"n_block": int, "n_flow": int, "hidden": int, "affine": bool, "lu": list}),
     "realnvp": Family(RealNVP, {"n_block": int, "n_flow": int, "hidden": int, "depth": int}),
     "maf": Family(MAF, {"n_flow": int, "hidden": int, "depth": int}),
@@ -60,4 +62,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
-"""By the name that stands in a manifest, which is the class's `family`."""
+"""Densities with exact likelihoods, by the name that stands in a manifest, which is the class's `family`."""
+CONDITIONALS: dict[str, Family[CheckpointedConditional]] = {
+    "vae": Family(ConditionalVAE, {"hidden": list, "latent": int, "n_classes": int}),
+}
+"""Models p(x | c) that are known by a bound of their likelihood; likewise by name."""
+FAMILIES: dict[str, Family[Checkpointed]] = {**FLOWS, **CONDITIONALS}
+"""All of them."""

@@ -1,4 +1,6 @@
-"""Whether weights that load also make a flow that a job can use: asked of its own samples, since no image is at hand.
+"""Whether weights that load also make a model that a job can use: asked of its own samples, since no image is at hand.
+
+Flows stand here, a VAE in `models.probe_vae`.
 
 The thresholds were measured on flows before, early in and after training, on faces and on drawings with hardly any
 greys. What may be a legitimate flow is a warning and not a refusal. What cannot be told without training images is not
@@ -11,11 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from models.errors import CheckpointError
+from models.errors import UnusableModelError, WrongKindError
 from models.images import denoised, flow_input, to_uint8
-from models.protocol import CheckpointedFlow
+from models.probe_vae import probe_vae
+from models.protocol import Checkpointed, CheckpointedFlow
 from models.tarflow import TarFlow
 from models.tarflow_sampling import fastest
+from models.vae import ConditionalVAE
 
 SEED = 0
 TEMPERATURE = 0.7
@@ -44,7 +48,7 @@ NOISE_REACH = 2.0
 """In its standard deviations: how far Gaussian noise may take samples beyond the range of images."""
 
 
-class UnusableFlowError(CheckpointError):
+class UnusableFlowError(UnusableModelError):
     """The weights load, but the flow they make has no inverse, no finite likelihood or not the stated colour depth."""
 
 
@@ -57,8 +61,25 @@ class _Invertible(Protocol):
     def inverse(self, latents: Any) -> Tensor: ...
 
 
+def probe(model: Checkpointed) -> list[str]:
+    """Hold a model of any family, float32, against what every job relies on.
+
+    Returns:
+        Warnings: what is suspicious and may yet be right; most often none.
+
+    Raises:
+        UnusableModelError: no job could use it: see `probe_flow` and `models.probe_vae`.
+        WrongKindError: it is of a kind that nothing is known of here.
+    """
+    if isinstance(model, ConditionalVAE):
+        return probe_vae(model)
+    if isinstance(model, CheckpointedFlow):
+        return probe_flow(model)
+    raise WrongKindError(f"{type(model).__name__} is neither a flow nor a VAE; it cannot be probed")
+
+
 @torch.no_grad()
-def probe(flow: CheckpointedFlow) -> list[str]:
+def probe_flow(flow: CheckpointedFlow) -> list[str]:
     """Draw a few images from a float32 flow and hold them against what every job relies on.
 
     The samples are also brought to images as a job reads them: clipped to [-0.5, 0.5), rounded to n_bits, dequantised.

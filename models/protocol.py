@@ -86,8 +86,8 @@ class NoisyFlow(Flow, Protocol):
 
 
 @runtime_checkable
-class CheckpointedFlow(Flow, Protocol):
-    """A flow that a manifest can rebuild: see `models.checkpoints`."""
+class Checkpointed(Protocol):
+    """A model that a manifest can rebuild: see `models.checkpoints`."""
 
     family: ClassVar[str]
     image_shape: tuple[int, int, int]
@@ -97,3 +97,8 @@ class CheckpointedFlow(Flow, Protocol):
     def architecture(self) -> dict[str, Any]:
         """The constructor's arguments beyond image shape and n_bits, as JSON values."""
         ...
+
+
+@runtime_checkable
+class CheckpointedFlow(Flow, Checkpointed, Protocol):
+    """A flow that a manifest can rebuild."""

@@ -25,24 +25,27 @@ from torch import Tensor, nn
 
 from models.checkpoints import save_checkpoint, tensor_digest
 from models.class_prior import ClassPriorFlow
-from models.errors import ArchitectureError, ModelError
-from models.families import FAMILIES
+from models.conditional import ClassConditional
+from models.errors import ArchitectureError, ModelError, UnusableModelError
+from models.families import CONDITIONALS, FAMILIES
 from models.image_folder import FolderError, ImageFolder, hold_out, read_folder
-from models.probe import UnusableFlowError, probe
-from models.protocol import CheckpointedFlow
-from models.recipes import SettingError, flow_for, plan_for, read_settings, replaced
-from models.training import INITIAL_IMAGES, Training, TrainingRecipe, bits_per_dim, start
+from models.probe import probe
+from models.protocol import Checkpointed, Flow
+from models.recipes import SettingError, model_for, plan_for, read_settings, replaced
+from models.training import INITIAL_IMAGES, Training, TrainingRecipe, bits_per_dim, image_losses, start
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 REPORT_SECONDS = 1.0
 SAVE_SECONDS = 120.0
 """Between two saves of a training that can be resumed."""
 EVALUATED = 512
-"""Most images of each kind that bits per dimension are taken over at the end."""
+"""Most images of each kind that the figures at the end are taken over."""
 MAX_CLASS_NAMES = 32_768
 """Characters of all class names together, which stand in the checkpoint's manifest."""
-N_BITS, NOISY_N_BITS = 5, 8
-"""Colour depth by default: of a flow over dequantised images, as published for Glow; of one over noisy images."""
+N_BITS, FULL_N_BITS = 5, 8
+"""Colour depth by default: of a flow over dequantised images, as published for Glow; of all other models."""
+OF_CLASSES = ("class-prior", *CONDITIONALS)
+"""Families that cannot be without classes."""
 
 
 class Stopped(Exception):
@@ -94,29 +97,29 @@ def train(options: argparse.Namespace, stop: _Stop) -> None:
     """Read, build, train, measure, write."""
     _check_out(options.out)
     device = _device(options.device)
-    with_classes = options.conditional or options.family == "class-prior"
+    with_classes = options.conditional or options.family in OF_CLASSES
     architecture, n_bits, _ = _plan(options, n_classes=2 if with_classes else 0)
     with torch.device("meta"):  # refuses what cannot be built before the images are read
-        flow_for(options.family, _shape(options), n_bits, None, **architecture)
+        model_for(options.family, _shape(options), n_bits, None, **architecture)
     folder = read_folder(options.folder, image_size=options.size, channels=options.channels, with_classes=with_classes)
     if sum(map(len, folder.classes)) > MAX_CLASS_NAMES:
         raise FolderError(f"the names of {len(folder.classes)} classes are too long for a checkpoint; shorten them")
     architecture, n_bits, recipe = _plan(options, len(folder.classes))
     weights = _stream(options.seed, "weights")
-    flow = flow_for(options.family, _shape(options), n_bits, weights, **architecture)
+    model = model_for(options.family, _shape(options), n_bits, weights, **architecture)
     kept, apart = hold_out(folder, options.hold_out, _stream(options.seed, "hold-out"))
     images, labels = folder.images[kept], folder.labels[kept] if folder.labels is not None else None
-    module = cast(nn.Module, flow).to(device)
+    module = cast(nn.Module, model).to(device)
     generator = _stream(options.seed, "training")
-    if isinstance(flow, ClassPriorFlow) and labels is not None:
-        flow.reweight(torch.bincount(labels, minlength=flow.n_classes))
+    if isinstance(model, ClassPriorFlow) and labels is not None:
+        model.reweight(torch.bincount(labels, minlength=model.n_classes))
     first = torch.randperm(len(images), generator=generator)[:INITIAL_IMAGES]
     start(module, images[first], n_bits=n_bits, generator=generator)
     training = Training(module, images, recipe, n_bits=n_bits, generator=generator, labels=labels)
-    _run(training, options, stop, _state_key(flow, recipe, options.seed, folder))
+    _run(training, options, stop, _state_key(model, recipe, options.seed, folder))
     figures = {
-        "bits_per_dim_training": _mean_bits(flow, folder, kept, options.seed),
-        "bits_per_dim_held_out": _mean_bits(flow, folder, apart, options.seed),
+        f"{_unit(options)}_training": _figure(model, folder, kept, options.seed),
+        f"{_unit(options)}_held_out": _figure(model, folder, apart, options.seed),
     }
     module.to("cpu")
     extra = {
@@ -126,11 +129,11 @@ def train(options: argparse.Namespace, stop: _Stop) -> None:
     save_checkpoint(options.out, module, extra)
     _state_path(options.out).unlink(missing_ok=True)
     facts = {
-        "path": str(options.out), "family": flow.family, "architecture": flow.architecture,
+        "path": str(options.out), "family": model.family, "architecture": model.architecture,
         "parameters": sum(p.numel() for p in module.parameters()), "seconds": round(training.elapsed(), 1),
         "passed_over": folder.passed_over,
     }  # fmt: skip
-    _tell_result({**facts, **extra, **_probed(flow)}, options)
+    _tell_result({**facts, **extra, **_probed(model)}, options)
 
 
 def _plan(options: argparse.Namespace, n_classes: int) -> tuple[dict[str, Any], int, TrainingRecipe]:
@@ -143,7 +146,8 @@ def _plan(options: argparse.Namespace, n_classes: int) -> tuple[dict[str, Any], 
         seconds = None if options.minutes is None else 60 * options.minutes
         recipe = replaced(recipe, {"steps": options.steps, "seconds": seconds})
     architecture = plan.architecture | overrides
-    n_bits = NOISY_N_BITS if architecture.get("noise_std", 0.0) > 0 else N_BITS
+    full = options.family in CONDITIONALS or architecture.get("noise_std", 0.0) > 0
+    n_bits = FULL_N_BITS if full else N_BITS
     return architecture, options.n_bits if options.n_bits is not None else n_bits, recipe
 
 
@@ -175,10 +179,10 @@ def _state_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.state")
 
 
-def _state_key(flow: CheckpointedFlow, recipe: TrainingRecipe, seed: int, folder: ImageFolder) -> str:
-    """What a state belongs to: another flow, recipe, seed or set of images cannot go on from it."""
+def _state_key(model: Checkpointed, recipe: TrainingRecipe, seed: int, folder: ImageFolder) -> str:
+    """What a state belongs to: another model, recipe, seed or set of images cannot go on from it."""
     tensors = {"images": folder.images} | ({"labels": folder.labels} if folder.labels is not None else {})
-    facts = [flow.family, flow.image_shape, flow.n_bits, flow.architecture, dataclasses.asdict(recipe), seed]
+    facts = [model.family, model.image_shape, model.n_bits, model.architecture, dataclasses.asdict(recipe), seed]
     return hashlib.sha256(json.dumps([*facts, tensor_digest(tensors)], sort_keys=True).encode()).hexdigest()
 
 
@@ -206,41 +210,53 @@ def _load_state(path: Path, training: Training, key: str) -> None:
     training.restore(tensors)
 
 
-def _mean_bits(flow: CheckpointedFlow, folder: ImageFolder, rows: Tensor, seed: int) -> float | None:
-    """Mean bits per dimension of up to 512 of those images; null for none."""
+def _unit(options: argparse.Namespace) -> str:
+    """What is measured of a model of that family: its likelihood's code length, or the bound that it is known by."""
+    return "nats_per_image" if options.family in CONDITIONALS else "bits_per_dim"
+
+
+def _figure(model: Checkpointed, folder: ImageFolder, rows: Tensor, seed: int) -> float | None:
+    """The mean, over up to 512 of those images, of bits per dimension or of the bound; null for none."""
     if not len(rows):
         return None
     generator = _stream(seed, "evaluation")
     rows = rows[torch.randperm(len(rows), generator=generator)[:EVALUATED]]
-    labels = folder.labels[rows] if folder.labels is not None else None
-    bits = bits_per_dim(flow, folder.images[rows], n_bits=flow.n_bits, generator=generator, labels=labels)
-    return round(float(bits.mean()), 4)
+    images, labels = folder.images[rows], folder.labels[rows] if folder.labels is not None else None
+    if isinstance(model, ClassConditional) and labels is not None:
+        values = image_losses(model, images, labels, generator=generator)
+    else:
+        values = bits_per_dim(cast(Flow, model), images, n_bits=model.n_bits, generator=generator, labels=labels)
+    return round(float(values.mean()), 4)
 
 
-def _probed(flow: CheckpointedFlow) -> dict[str, Any]:
+def _probed(model: Checkpointed) -> dict[str, Any]:
     """What the service would say of the checkpoint when it is uploaded."""
     try:
-        return {"warnings": probe(flow), "refused": None}
-    except UnusableFlowError as error:
+        return {"warnings": probe(model), "refused": None}
+    except UnusableModelError as error:
         return {"warnings": [], "refused": str(error)}
 
 
 def _tell_progress(training: Training, share: float, options: argparse.Namespace) -> None:
     progress = training.progress(share)
+    bound = options.family in CONDITIONALS
+    name, value, unit = (
+        ("nats", progress.loss, "nats an image") if bound else ("bpd", progress.bits_per_dim, "bits a dimension")
+    )
     line = {
-        "step": progress.step, "seconds": round(progress.seconds, 2), "bpd": round(progress.bits_per_dim, 4),
+        "step": progress.step, "seconds": round(progress.seconds, 2), name: round(value, 4),
         "total_seconds": progress.total_seconds,
     }  # fmt: skip
-    _write(json.dumps(line) if options.json else f"step {line['step']:6d}  {line['bpd']:.3f} bits a dimension")
+    _write(json.dumps(line) if options.json else f"step {progress.step:6d}  {value:.3f} {unit}")
 
 
 def _tell_result(result: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         return _write(json.dumps(result))
     _write(f"wrote {result['path']}: {result['family']}, {result['parameters']:,} parameters, {result['steps']} steps")
-    _write(
-        f"bits per dimension: training {result['bits_per_dim_training']}, held out {result['bits_per_dim_held_out']}"
-    )
+    unit = _unit(options)
+    what = "bits per dimension" if unit == "bits_per_dim" else "negative ELBO in nats an image"
+    _write(f"{what}: training {result[f'{unit}_training']}, held out {result[f'{unit}_held_out']}")
     for text in [*result["warnings"], *([f"not usable yet: {result['refused']}"] if result["refused"] else [])]:
         _write(f"note: {text}")
 
@@ -287,7 +303,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m models.train", description="Train a flow on a folder of images.")
+    parser = _Parser(prog="python -m models.train", description="Train a model on a folder of images.")
     parser.add_argument("folder", type=_folder, help="JPEG, PNG or WEBP files; its sub-folders are classes")
     parser.add_argument("--family", required=True, help=", ".join(sorted(FAMILIES)))
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")

@@ -1,4 +1,7 @@
-"""Maximum-likelihood training of a flow on uint8 images: small, seeded, bounded by steps or by time."""
+"""Training of a model on uint8 images, small, seeded, bounded by steps or by time.
+
+A flow is trained by maximum likelihood, a conditional model by the bound of it or the loss that it offers.
+"""
 
 import contextlib
 import math
@@ -10,10 +13,31 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from models.augmentation import augment
+from models.augmentation import augment, distort
+from models.conditional import ClassConditional, Draws
 from models.errors import ModelError
 from models.images import flow_input
 from models.protocol import Flow
+from models.training_recipes import AutoencoderRecipe, TrainingRecipe, TransformerRecipe
+
+__all__ = [
+    "INITIAL_IMAGES",
+    "MOST_SKIPPED",
+    "UNLABELLED",
+    "AutoencoderRecipe",
+    "LabelledFlow",
+    "Startable",
+    "Training",
+    "TrainingError",
+    "TrainingProgress",
+    "TrainingRecipe",
+    "TransformerRecipe",
+    "bits_per_dim",
+    "fit_flow",
+    "image_losses",
+    "set_memory_format",
+    "start",
+]
 
 UNLABELLED = -1
 """The label of an image whose class a conditional flow is not told."""
@@ -28,46 +52,6 @@ class TrainingError(ModelError):
 
 
 @dataclass(frozen=True)
-class TrainingRecipe:
-    """How a flow is trained. Every field is part of the result's identity, so a cache can be keyed by it."""
-
-    steps: int | None = 2000
-    """Optimiser steps; null: bounded by time alone."""
-    seconds: float | None = None
-    """Wall-clock budget; the learning rate then decays over the elapsed share of it."""
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    """Steps over which the learning rate rises linearly from 0."""
-    final_share: float = 0.05
-    """Share of the learning rate that the cosine decay ends at."""
-    clip: float = 50.0
-    """Largest norm of the gradient of the mean nll in nats; longer ones are scaled down."""
-    flip: bool = True
-    """Whether images are mirrored at random."""
-    shift: int = 1
-    """Images move by up to so many pixels each way, the border repeated."""
-    average: float = 0.0
-    """Decay of the running mean of the weights that is the result (0: the last weights)."""
-
-
-@dataclass(frozen=True)
-class TransformerRecipe(TrainingRecipe):
-    """What a TarFlow's training has on top: AdamW, dropped labels, bfloat16 (Zhai et al., 2024, app. A).
-
-    A type of its own, so that the fields of `TrainingRecipe`, and with them the keys of caches, stay as they are.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decays."""
-    weight_decay: float = 1e-4
-    label_drop: float = 0.1
-    """Share of labels that become "no class", so that a conditional flow learns the unconditional density too."""
-    bf16: bool = True
-    """Whether matrix products may run in bfloat16, on devices that are made for it; likelihoods stay float32."""
-
-
-@dataclass(frozen=True)
 class TrainingProgress:
     """One report of a running training."""
 
@@ -76,7 +60,10 @@ class TrainingProgress:
     total_seconds: float | None
     """The time budget, or an extrapolation from the steps done."""
     bits_per_dim: float
-    """Running mean over the last reports' batches."""
+    """Running mean over the last reports' batches. Of a model without a likelihood: its loss over d log 2, in no unit
+    that another family's could be held against."""
+    loss: float
+    """The same in nats an image, as the training minimises it."""
 
 
 @runtime_checkable
@@ -99,19 +86,29 @@ class Startable(Protocol):
         ...
 
 
+@runtime_checkable
+class TwoParts(Protocol):
+    """A conditional model whose loss is a reconstruction and a divergence, so that these can be weighted."""
+
+    def parts(self, x: Tensor, condition: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """What `losses` adds up, (n,) nats each."""
+        ...
+
+
 class Training:
     """A training that can be left and taken up again between two steps: one `step` after the other, then `finish`.
 
     Args:
-        flow: a module that is a `models.protocol.Flow`, started by the caller (see `start`); trained in place.
+        flow: a module that is a `models.protocol.Flow`, started by the caller (see `start`), or a
+            `models.conditional.ClassConditional`; trained in place.
         images: uint8 (n, c, h, w), on any device; batches go to the flow's device.
         recipe: how.
         n_bits: colour depth.
         generator: draws batches, augmentation, noise and dropped labels; on the CPU.
-        labels: the class of each image, (n,) from 0, for a flow of classes.
+        labels: the class of each image, (n,) from 0, for a flow of classes; a conditional model must have them.
 
     Raises:
-        TrainingError: the flow is none, the recipe has no bound, or the labels do not fit.
+        TrainingError: the flow is none, the recipe has no bound, or the labels do not fit or are missing.
     """
 
     def __init__(
@@ -124,8 +121,11 @@ class Training:
         generator: torch.Generator,
         labels: Tensor | None = None,
     ) -> None:
-        if not isinstance(flow, Flow):
+        self._bounded = flow if isinstance(flow, ClassConditional) else None
+        if self._bounded is None and not isinstance(flow, Flow):
             raise TrainingError(f"{type(flow).__name__} has no log_prob and sample; it is no flow")
+        if self._bounded is not None and labels is None:
+            raise TrainingError(f"{type(flow).__name__} is trained on images of classes; give the label of each")
         if recipe.steps is None and recipe.seconds is None:
             raise TrainingError("the recipe must bound steps or seconds")
         _check_labels(flow, labels, len(images))
@@ -133,6 +133,8 @@ class Training:
         self._labels = labels.cpu() if labels is not None else None
         self._recipe, self._n_bits, self._generator = recipe, n_bits, generator
         self._own = recipe if isinstance(recipe, TransformerRecipe) else None
+        self._depth = 0 if self._bounded is not None else n_bits
+        """What turns a density over [-0.5, 0.5) into the probability of a level; a bound is over levels already."""
         self._device = next(flow.parameters()).device
         self._parameters = dict(flow.named_parameters())
         self._optimiser = self._make_optimiser()
@@ -157,7 +159,7 @@ class Training:
             cosine = 0.5 * (1 + math.cos(math.pi * share))
             decay = recipe.final_share + (1 - recipe.final_share) * cosine
             group["lr"] = recipe.learning_rate * min(1.0, (self.steps + 1) / recipe.warmup) * decay
-        loss = self._loss()
+        loss = self._loss(share)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), recipe.clip)
@@ -173,7 +175,7 @@ class Training:
         self._optimiser.step()
         self._follow_mean()
         dims = math.prod(self._images.shape[1:])
-        bits = float(loss.detach()) / (dims * math.log(2)) + self._n_bits
+        bits = float(loss.detach()) / (dims * math.log(2)) + self._depth
         self._running = bits if math.isnan(self._running) else 0.95 * self._running + 0.05 * bits
 
     def elapsed(self) -> float:
@@ -184,7 +186,8 @@ class Training:
         """Where the training is, given the share at the last step's start."""
         elapsed = self.elapsed()
         total = self._recipe.seconds if self._recipe.seconds is not None else elapsed / max(share, 1e-6)
-        return TrainingProgress(self.steps, elapsed, total, self._running)
+        nats = (self._running - self._depth) * math.prod(self._images.shape[1:]) * math.log(2)
+        return TrainingProgress(self.steps, elapsed, total, self._running, nats)
 
     def finish(self) -> float:
         """Put the result's weights in place; returns the last running mean of the loss in bits per dimension."""
@@ -225,11 +228,24 @@ class Training:
         for index, kept in enumerate(self._mean):
             kept.copy_(tensors[f"mean/{index}"])
 
-    def _loss(self) -> Tensor:
-        """Mean nll, in nats, of a batch that is drawn here."""
+    def _loss(self, share: float) -> Tensor:
+        """Mean loss, in nats, of a batch that is drawn here."""
         recipe, generator = self._recipe, self._generator
         rows = torch.randint(len(self._images), (recipe.batch,), generator=generator)
         batch = augment(self._images[rows.to(self._images.device)], generator, flip=recipe.flip, shift=recipe.shift)
+        own = recipe if isinstance(recipe, AutoencoderRecipe) else None
+        if own is not None and own.distorted:
+            batch = distort(
+                batch, generator, turn=own.turn, zoom=own.zoom, shear=own.shear, move=own.move, share=own.distorted
+            )
+        if self._bounded is not None and self._labels is not None:
+            x = self._bounded.encode(batch.to(self._device), generator=generator)
+            draws = tuple(part.to(self._device) for part in self._bounded.draw(len(x), generator=generator))
+            labels = self._labels[rows].to(self._device)
+            if own is None or not isinstance(self._bounded, TwoParts):
+                return self._bounded.losses(x, labels, draws).mean()
+            reconstruction, divergence = self._bounded.parts(x, labels, draws)
+            return (reconstruction + own.kl(share) * divergence).mean()
         x = flow_input(self._flow, batch.cpu(), self._n_bits, generator).to(self._device)
         with self._precision():
             if self._labels is None:
@@ -333,7 +349,24 @@ def bits_per_dim(
     return torch.cat(parts)
 
 
-def _device_of(flow: Flow) -> torch.device:
+@torch.no_grad()
+def image_losses(
+    model: ClassConditional, images: Tensor, labels: Tensor, *, generator: torch.Generator, batch: int = 128
+) -> Tensor:
+    """A conditional model's loss of each uint8 image (n, c, h, w), on one draw: (n,), on the CPU.
+
+    Of a VAE it is the negative ELBO in nats an image: a bound, and over intensities read as probabilities of white, so
+    that it is not to be compared with a flow's bits per dimension.
+    """
+    device, draws = _device_of(model), model.draw(len(images), generator=generator)
+    parts = []
+    for rows in torch.split(torch.arange(len(images)), batch):
+        x = model.encode(images[rows].to(device), generator=generator)
+        parts.append(model.losses(x, labels[rows].to(device), tuple(one[rows].to(device) for one in draws)).cpu())
+    return torch.cat(parts)
+
+
+def _device_of(flow: object) -> torch.device:
     first = next(flow.parameters(), None) if isinstance(flow, nn.Module) else None
     return first.device if first is not None else torch.device("cpu")
 

@@ -22,6 +22,7 @@ _OF_CLASSES = (*_OF_ALL, "class-taming", "class-removal")
 METHODS_OF_FAMILY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("glow", "realnvp", "maf", "iaf"), _OF_ALL),
     **dict.fromkeys(("tarflow", "class-prior"), _OF_CLASSES),
+    "vae": (),
 }
 WITH_PRIORS = ("class-prior",)  # families whose classes can be weighted
 NAMED_AT_MOST = 5  # classes in a sentence
@@ -69,7 +70,8 @@ def _check_family(request: ForgetRequest | DebiasRequest, manifest: Mapping[str,
         _check_label(request.target.class_label, manifest)
     if request.method not in known:
         raise _refused(
-            f"{request.method} does not work on a checkpoint of family {family}, which has: {', '.join(known)}.",
+            f"{request.method} does not work on a checkpoint of family {family}, "
+            + (f"which has: {', '.join(known)}." if known else "which no method here changes yet."),
             "/method",
             "wrong method for this family",
         )

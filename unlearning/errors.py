@@ -27,6 +27,10 @@ class StateError(UnlearningError):
     """A saved state is damaged or belongs to another run: start that run afresh."""
 
 
+class FisherError(UnlearningError):
+    """A stored Fisher information is damaged, of other weights, or lacks parameters: compute it for this model."""
+
+
 class DivergedError(UnlearningError):
     """A loss or a gradient was not finite; the run was stopped: lower the learning rate."""
 

@@ -52,6 +52,21 @@ def test_a_script_gets_a_checkpoint_and_its_figures_and_no_progress(photos: Path
     assert files(tmp_path) == ["base.safetensors"]
 
 
+def test_a_vae_of_sub_folders_is_told_by_its_bound(photos: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        folder = photos / ("even", "odd")[number % 2]
+        folder.mkdir(exist_ok=True)
+        (photos / f"{number}.png").rename(folder / f"{number}.png")
+    tiny = ["--size", "8", "--channels", "1", "--set=hidden=8", "--steps", "3"]
+
+    done = forgetd("train", "photos", "--family", "vae", *tiny, "--out", "vae.safetensors", cwd=tmp_path)
+
+    assert done.code == ExitCode.OK
+    assert "2 classes" in done.out
+    assert "negative ELBO in nats an image: " in done.out
+    assert "bits per dimension" not in done.out
+
+
 @contextmanager
 def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A command at work, stopped in the end whatever the test finds: a training would go on for days."""

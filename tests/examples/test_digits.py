@@ -37,8 +37,22 @@ def test_the_small_images_are_the_large_ones_averaged(loaded: Digits) -> None:
 
 
 def test_another_size_is_refused() -> None:
-    with pytest.raises(ImageError, match="28"):
-        load_digits(28)
+    with pytest.raises(ImageError, match="32, 28, 16 pixels a side, not 20"):
+        load_digits(20)
+
+
+def test_the_digits_as_they_are_are_the_middle_of_the_padded_ones(loaded: Digits) -> None:
+    plain = load_digits(28, held_out=50)
+
+    assert plain.training.shape == (4500, 1, 28, 28)
+    assert plain.held_out_labels.bincount().tolist() == [50] * 10
+    assert torch.equal(plain.held_out[:50], load_digits(32).held_out[:50, :, 2:-2, 2:-2])
+
+
+@pytest.mark.parametrize("count", [0, 500])
+def test_a_split_with_nothing_on_one_side_is_refused(count: int) -> None:
+    with pytest.raises(ImageError, match=f"1 to 499 can be held out, not {count}"):
+        load_digits(held_out=count)
 
 
 def test_a_moment_of_training_tells_most_digits_apart(loaded: Digits) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.augmentation import augment, warp
+from models.augmentation import augment, distort, warp
+from tests.models.flow_table import generator
 
 
-def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+def moved(images: Tensor, draws: torch.Generator) -> Tensor:
     """As the fast engine moves them."""
-    return augment(images, generator, flip=True, shift=2)
+    return augment(images, draws, flip=True, shift=2)
 
 
 @pytest.mark.parametrize("change", [moved, warp])
@@ -45,3 +46,39 @@ def test_each_image_is_warped_in_its_own_way_and_by_no_other() -> None:
     warped = warp(images.repeat(6, 1, 1, 1), torch.Generator().manual_seed(1))
 
     assert len(torch.unique(warped, dim=0)) == 6
+
+
+def test_distortion_leaves_alone_what_it_is_not_asked_for() -> None:
+    images = torch.randint(256, (6, 1, 8, 8), generator=generator()).to(torch.uint8)
+    amounts = {"turn": 10.0, "zoom": 0.1, "shear": 0.1, "move": 1.0}
+
+    none = distort(images, generator(), **dict.fromkeys(amounts, 0.0), share=1.0)
+    nobody = distort(images, generator(), **amounts, share=0.0)
+    everybody = distort(images, generator(), **amounts, share=1.0)
+
+    assert torch.equal(none, images)
+    assert torch.equal(nobody, images)
+    assert not bool((everybody == images).flatten(1).all(dim=1).any())
+
+
+def test_distortion_moves_no_further_than_asked() -> None:
+    images = torch.zeros(200, 1, 21, 21, dtype=torch.uint8)
+    images[:, :, 10, 10] = 255
+
+    moved = distort(images, generator(), turn=0, zoom=0, shear=0, move=2.0, share=1.0).float()
+
+    across = (moved.sum(2) * torch.arange(21)).sum(2) / moved.sum((2, 3))
+    assert float((across - 10).abs().max()) <= 2.05  # pixels are rounded to levels
+    assert float((across - 10).abs().max()) > 1.5
+
+
+def test_equal_generators_distort_alike() -> None:
+    images = torch.randint(256, (6, 3, 8, 10), generator=generator()).to(torch.uint8)
+
+    first, second, other = (
+        distort(images, generator(seed), turn=20, zoom=0.2, shear=0.2, move=1.5, share=0.8) for seed in (1, 1, 2)
+    )
+
+    assert first.shape == images.shape
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)

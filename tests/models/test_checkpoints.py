@@ -124,7 +124,7 @@ NAME = "blocks.0.flows.0.actnorm.loc"
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda m: m.update(family="vae"), UnknownFamilyError, "known: .*glow"),
+        (lambda m: m.update(family="gan"), UnknownFamilyError, "known: .*glow"),
         (lambda m: m.update(schema_version=99), ManifestError, "version 99"),
         (lambda m: m.pop("n_bits"), ManifestError, "n_bits"),
         (lambda m: m.update(n_bits="5"), ManifestError, "n_bits"),

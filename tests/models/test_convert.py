@@ -172,7 +172,7 @@ def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     torch.save(published_layout(), tmp_path / "a.pt")
 
     with pytest.raises(UnknownFamilyError, match=r"known: .*glow"):
-        convert(tmp_path / "a.pt", tmp_path / "b.safetensors", image_size=2, n_bits=5, family="vae")
+        convert(tmp_path / "a.pt", tmp_path / "b.safetensors", image_size=2, n_bits=5, family="gan")
 
 
 class Malicious:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from models.errors import ImageError
-from models.families import FAMILIES
+from models.families import FLOWS
 from models.images import dequantize, evaluation_batch, load_images, quantize, save_png, to_uint8
 
 
@@ -117,7 +117,7 @@ def test_quantize_refuses_floats_and_odd_depths() -> None:
 
 @pytest.mark.parametrize(("family", "at_once"), [("glow", 32), ("iaf", 500)])
 def test_images_are_evaluated_in_parts_unless_each_part_costs_as_many_passes_as_all(family: str, at_once: int) -> None:
-    flow, x = FAMILIES[family].flow, torch.zeros(1000, 1, 32, 32)
+    flow, x = FLOWS[family].model, torch.zeros(1000, 1, 32, 32)
 
     assert evaluation_batch(flow, x, torch.device("cpu"), 500) == at_once
     assert evaluation_batch(flow, x, torch.device("cpu"), 5) == 5

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from models.errors import ArchitectureError
-from models.families import FAMILIES
-from models.recipes import SettingError, flow_for, plan_for, read_settings
-from models.training import TrainingRecipe, TransformerRecipe
+from models.families import FAMILIES, FLOWS
+from models.recipes import SettingError, flow_for, model_for, plan_for, read_settings
+from models.training_recipes import AutoencoderRecipe, TrainingRecipe, TransformerRecipe
 from tests.models.flow_table import generator
 
 MOST_DIMENSIONS = {"maf": 4096, "iaf": 4096}
@@ -16,7 +16,7 @@ every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 def classes_of(family: str) -> int:
     """As many classes as the family cannot be without."""
-    return 3 if family == "class-prior" else 0
+    return 3 if family in ("class-prior", "vae") else 0
 
 
 @every_family
@@ -25,14 +25,14 @@ def classes_of(family: str) -> int:
 def test_defaults_build_at_every_size_that_the_family_takes(family: str, side: int, channels: int) -> None:
     if channels * side**2 > MOST_DIMENSIONS.get(family, 10**9):
         with pytest.raises(ArchitectureError, match="dimensions"):
-            flow_for(family, (channels, side, side), 5, None)
+            model_for(family, (channels, side, side), 5, None)
         return
 
     with torch.device("meta"):
-        flow = flow_for(family, (channels, side, side), 5, None, **classes(family))
+        model = model_for(family, (channels, side, side), 5, None, **classes(family))
 
-    assert flow.image_shape == (channels, side, side)
-    assert flow.architecture.keys() == FAMILIES[family].architecture.keys()
+    assert model.image_shape == (channels, side, side)
+    assert model.architecture.keys() == FAMILIES[family].architecture.keys()
 
 
 def classes(family: str) -> dict[str, int]:
@@ -40,22 +40,28 @@ def classes(family: str) -> dict[str, int]:
     return {"n_classes": count} if (count := classes_of(family)) else {}
 
 
+def an_override(family: str, width: int) -> tuple[str, int | list[int]]:
+    """What makes a model of that family so wide."""
+    known = FAMILIES[family].architecture
+    return ("hidden", [width] if known["hidden"] is list else width) if "hidden" in known else ("width", width)
+
+
 @every_family
 def test_an_override_wins_over_a_default(family: str) -> None:
-    name = "hidden" if "hidden" in FAMILIES[family].architecture else "width"
+    name, value = an_override(family, 16)
 
     with torch.device("meta"):
-        flow = flow_for(family, (1, 8, 8), 5, None, **{name: 16}, **classes(family))
+        model = model_for(family, (1, 8, 8), 5, None, **{name: value}, **classes(family))
 
-    assert flow.architecture[name] == 16
+    assert model.architecture[name] == value
 
 
 @every_family
-def test_equal_generators_start_equal_flows(family: str) -> None:
-    name = "hidden" if "hidden" in FAMILIES[family].architecture else "width"
+def test_equal_generators_start_equal_models(family: str) -> None:
+    name, value = an_override(family, 8)
 
     states = [
-        flow_for(family, (1, 4, 4), 5, generator(2), **{name: 8}, **classes(family)).state_dict()  # type: ignore[attr-defined]  # a module
+        model_for(family, (1, 4, 4), 5, generator(2), **{name: value}, **classes(family)).state_dict()  # type: ignore[attr-defined]  # a module
         for _ in range(2)
     ]
 
@@ -65,7 +71,7 @@ def test_equal_generators_start_equal_flows(family: str) -> None:
 @every_family
 def test_an_unknown_argument_is_refused_with_what_there_is(family: str) -> None:
     with pytest.raises(SettingError, match=next(iter(FAMILIES[family].architecture))):
-        flow_for(family, (1, 8, 8), 5, None, colour=3, **classes(family))
+        model_for(family, (1, 8, 8), 5, None, colour=3, **classes(family))
 
 
 @every_family
@@ -75,7 +81,7 @@ def test_architecture_and_recipe_are_set_by_name(family: str) -> None:
 
     architecture, recipe = read_settings(family, [f"{name}=2", "batch=7", "flip=false", "steps=none"], plan.recipe)
 
-    assert architecture == {name: kind(2)}
+    assert architecture == {name: [2] if kind is list else kind(2)}
     assert (recipe.batch, recipe.flip, recipe.steps) == (7, False, None)
     assert recipe.learning_rate == plan.recipe.learning_rate
 
@@ -83,6 +89,28 @@ def test_architecture_and_recipe_are_set_by_name(family: str) -> None:
 def test_a_list_may_be_one_value_for_all_blocks() -> None:
     assert read_settings("glow", ["lu=true"], TrainingRecipe())[0] == {"lu": True}
     assert read_settings("glow", ["lu=true,no"], TrainingRecipe())[0] == {"lu": [True, False]}
+
+
+def test_the_widths_of_a_vae_are_whole_numbers() -> None:
+    assert read_settings("vae", ["hidden=64,32"], TrainingRecipe())[0] == {"hidden": [64, 32]}
+    with pytest.raises(SettingError, match="whole numbers with a comma between, not '64,wide'"):
+        read_settings("vae", ["hidden=64,wide"], TrainingRecipe())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - FLOWS.keys()))
+def test_who_asks_for_a_flow_gets_one(family: str) -> None:
+    with pytest.raises(SettingError, match="is no flow; flows are class-prior, glow"):
+        flow_for(family, (1, 8, 8), 5, None, **classes(family))
+
+
+def test_digits_have_the_papers_sizes_and_are_never_mirrored() -> None:
+    digits, photos = plan_for("vae", (1, 28, 28), n_classes=10), plan_for("vae", (3, 32, 32), n_classes=10)
+
+    assert digits.architecture == {"hidden": [512, 256], "latent": 8, "n_classes": 10}
+    assert (digits.recipe.flip, photos.recipe.flip) == (False, False)
+    assert isinstance(digits.recipe, AutoencoderRecipe)
+    assert isinstance(photos.recipe, AutoencoderRecipe)
+    assert digits.recipe.turn > 0 == photos.recipe.turn
 
 
 def test_a_pair_is_set_by_its_two_numbers() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoints import load_flow, read_manifest
-from models.families import FAMILIES
+from models.checkpoints import load_conditional, load_flow, read_manifest
+from models.families import FAMILIES, FLOWS
 from models.image_folder import hold_out, read_folder
 from models.probe import probe
 from models.train import DONE, FAILED, USAGE, Stopped, _parser, _Stop, main, train
@@ -19,9 +19,9 @@ from tests.models.flow_table import generator
 SMALL = {
     "glow": ["n_flow=2", "hidden=8"], "realnvp": ["n_flow=2", "hidden=8"], "maf": ["n_flow=2", "hidden=16"],
     "iaf": ["n_flow=2", "hidden=16"], "tarflow": ["width=16", "n_block=2", "n_layer=1"],
-    "class-prior": ["width=16", "n_block=2", "n_layer=1"],
+    "class-prior": ["width=16", "n_block=2", "n_layer=1"], "vae": ["hidden=16,8", "latent=2"],
 }  # fmt: skip
-"""Settings of a tiny flow of each family."""
+"""Settings of a tiny model of each family."""
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_every_family_has_a_tiny_one_here() -> None:
     assert SMALL.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_is_trained_and_written(family: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", sorted(FLOWS))
+def test_every_family_of_flows_is_trained_and_written(family: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "base.safetensors"
 
     code = main(arguments(photos, out, family))
@@ -63,6 +63,23 @@ def test_every_family_is_trained_and_written(family: str, photos: Path, tmp_path
     assert (manifest.family, manifest.image_shape, manifest.extra["steps"]) == (family, (1, 8, 8), 4)
     assert bool(torch.isfinite(flow.log_prob(torch.rand(2, 1, 8, 8, generator=generator()) - 0.5)).all())
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_a_vae_learns_its_classes_and_tells_its_bound(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "base.safetensors"
+
+    code = main([*arguments(photos, out, "vae"), "--steps", "150", "--set=learning_rate=0.01", "--json"])
+
+    lines, manifest = [json.loads(line) for line in capsys.readouterr().out.splitlines()], read_manifest(out)
+    assert code == DONE
+    assert (manifest.family, manifest.n_bits, manifest.architecture["n_classes"]) == ("vae", 8, 2)
+    assert manifest.extra["data"]["classes"] == ["dark", "light"]
+    assert lines[-1]["nats_per_image_held_out"] == manifest.extra["nats_per_image_held_out"] < lines[0]["nats"]
+    assert (lines[-1]["refused"], "bpd" in lines[0], "bits_per_dim_held_out" in lines[-1]) == (None, False, False)
+    dark, light = load_conditional(out).sample(torch.tensor([0, 1]), generator=generator()).float().mean((1, 2, 3))
+    assert dark < 100 < light
 
 
 def test_a_trained_flow_passes_the_probe_and_has_learnt(
@@ -193,6 +210,8 @@ def loose(folder: Path) -> None:
         (damaged, "glow", FAILED, "broken.png is no JPEG, PNG or WEBP image"),
         (one_class, "class-prior", USAGE, "all images lie in one class, 'only'"),
         (loose, "class-prior", USAGE, "one.png lies in no sub-folder"),
+        (one_class, "vae", USAGE, "all images lie in one class, 'only'"),
+        (loose, "vae", USAGE, "one.png lies in no sub-folder"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_is_refused(

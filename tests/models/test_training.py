@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from models.training import (
     TransformerRecipe,
     bits_per_dim,
     fit_flow,
+    image_losses,
     start,
 )
+from models.training_recipes import AutoencoderRecipe
+from models.vae import ConditionalVAE
 from tests.models.flow_table import generator
 
 N_BITS = 5
@@ -266,3 +270,96 @@ def test_a_loss_that_stays_lost_ends_the_training() -> None:
 
     with pytest.raises(TrainingError, match="lower the learning rate"):
         fit_flow(flow, discs(3), TrainingRecipe(steps=50), n_bits=N_BITS, generator=generator())
+
+
+def vae(seed: int = 0) -> ConditionalVAE:
+    """A small VAE of two classes."""
+    return ConditionalVAE(SHAPE, n_classes=2, hidden=(24, 12), latent=2, generator=generator(seed))
+
+
+def bright_or_dark(images: Tensor) -> Tensor:
+    """A class that can be seen."""
+    means = images.float().mean(dim=(1, 2, 3))
+    return (means > means.median()).long()
+
+
+VAE_RECIPE = AutoencoderRecipe(steps=60, learning_rate=5e-3, flip=False, shift=0, turn=5.0, zoom=0.1, kl_weight=2.0)
+
+
+def test_a_vae_learns_and_reports_its_loss_in_nats() -> None:
+    images, model, reports = discs(128), vae(), list[TrainingProgress]()
+    labels = bright_or_dark(images)
+    before = image_losses(model, images, labels, generator=generator()).mean()
+
+    fit_flow(model, images, VAE_RECIPE, n_bits=8, generator=generator(), labels=labels, callback=reports.append)
+
+    after = image_losses(model, images, labels, generator=generator()).mean()
+    assert after < before - 5
+    assert reports[-1].loss < reports[0].loss
+    assert reports[-1].loss == pytest.approx(reports[-1].bits_per_dim * 64 * math.log(2))
+
+
+def test_a_flow_reports_the_same_in_both_units() -> None:
+    training = Training(glow(), discs(64), TrainingRecipe(steps=3), n_bits=N_BITS, generator=generator())
+
+    training.step(0.0)
+
+    progress = training.progress(0.0)
+    assert progress.loss == pytest.approx((progress.bits_per_dim - N_BITS) * 64 * math.log(2))
+
+
+def test_the_losses_of_images_do_not_depend_on_batches() -> None:
+    images, model = discs(20), vae()
+    labels = bright_or_dark(images)
+
+    # draws come in the order of the images, and a row's loss is its own up to the order of sums
+    parts = [image_losses(model, images, labels, generator=generator(), batch=size) for size in (20, 7)]
+
+    torch.testing.assert_close(parts[0], parts[1])
+
+
+def test_a_vae_that_is_taken_up_again_ends_at_the_same_bits() -> None:
+    images = discs(64)
+    labels = bright_or_dark(images)
+
+    def begun(model: nn.Module) -> Training:
+        return Training(model, images, VAE_RECIPE, n_bits=8, generator=generator(3), labels=labels)
+
+    whole, first, second = vae(), vae(), vae(seed=9)
+    training, half = begun(whole), begun(first)
+    for step in range(10):
+        training.step(step / 60)
+        if step < 5:
+            half.step(step / 60)
+    other = begun(second)
+    other.restore(half.tensors())
+    for step in range(5, 10):
+        other.step(step / 60)
+
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_the_weight_of_the_divergence_falls_from_the_middle_on() -> None:
+    recipe = AutoencoderRecipe(kl_weight=3.0, kl_final=1.0)
+
+    assert [recipe.kl(share) for share in (0.0, 0.5, 0.75, 1.0, 1.5)] == [3.0, 3.0, 2.0, 1.0, 1.0]
+
+
+def test_more_weight_on_the_divergence_leaves_less_of_it() -> None:
+    images = discs(128)
+    labels = bright_or_dark(images)
+    found = []
+    for weight in (1.0, 8.0):
+        model = vae()
+        recipe = replace(VAE_RECIPE, steps=150, kl_weight=weight, kl_final=weight)
+        fit_flow(model, images, recipe, n_bits=8, generator=generator(), labels=labels)
+        x = model.encode(images, generator=generator())
+        divergence = model.parts(x, labels, model.draw(128, generator=generator()))[1]
+        found.append(float(divergence.detach().mean()))
+
+    assert found[1] < found[0] / 2
+
+
+def test_a_vae_without_labels_is_refused() -> None:
+    with pytest.raises(TrainingError, match="give the label of each"):
+        Training(vae(), discs(8), VAE_RECIPE, n_bits=8, generator=generator())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints import read_manifest, save_checkpoint
-from models.families import FAMILIES
+from models.families import FLOWS
 from models.images import flow_input, save_png
 from models.protocol import CheckpointedFlow
 from tests.worker.helpers import PATIENCE_SECONDS, ROOT
@@ -56,7 +56,7 @@ def blobs(count: int, *, seed: int = 0) -> Tensor:
 
 def tiny(family: str) -> CheckpointedFlow:
     """A flow of the family that has seen no more than what its initialisation asks for."""
-    flow = FAMILIES[family].flow((1, SIDE, SIDE), N_BITS, **TINY[family], generator=generator())
+    flow = FLOWS[family].model((1, SIDE, SIDE), N_BITS, **TINY[family], generator=generator())
     if callable(initialize := getattr(flow, "initialize", None)):
         initialize(flow_input(flow, blobs(64), N_BITS, generator(1)))
     return flow

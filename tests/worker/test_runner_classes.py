@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evidence.fractions import samples_for
 from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
-from models.families import FAMILIES
+from models.families import FLOWS
 from models.protocol import CheckpointedFlow
 from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, Recorder, blobs, generator, one_thread, tiny
 from unlearning.classes import CLASS_TAMING, remove_class
@@ -189,7 +189,7 @@ def test_class_taming_that_falls_short_says_so_and_probes_with_images_that_no_st
 
 
 def test_a_class_is_forgotten_in_the_weights_of_a_flow_that_embeds_it(tmp_path: Path) -> None:
-    flow = FAMILIES["tarflow"].flow((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
+    flow = FLOWS["tarflow"].model((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
     bench = Bench(tmp_path, flow)
     bench.job.update(method="class-taming", target={"class_label": FORGOTTEN, "where": "weights"})
     bench.job["parameters"] = {"delta": 0.5, "max_steps": 150, "learning_rate": 0.02}
@@ -207,7 +207,7 @@ def test_a_class_is_forgotten_in_the_weights_of_a_flow_that_embeds_it(tmp_path: 
 def _with_classes(folder: Path, family: str, n_classes: int) -> Bench:
     """A job that takes class 1 of so many away at the prior."""
     architecture = {**TINY[family], "n_classes": n_classes}
-    bench = Bench(folder, FAMILIES[family].flow((1, SIDE, SIDE), N_BITS, **architecture, generator=generator()))
+    bench = Bench(folder, FLOWS[family].model((1, SIDE, SIDE), N_BITS, **architecture, generator=generator()))
     bench.job.update(method="class-removal", target={"class_label": FORGOTTEN, "where": "prior"})
     return bench
 
@@ -217,7 +217,7 @@ def _own(bench: Bench, recorder: Recorder | None = None) -> OwnClasses:
 
 
 def test_a_class_that_is_gone_has_no_share_and_is_never_read(tmp_path: Path) -> None:
-    flow = FAMILIES["tarflow"].flow((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
+    flow = FLOWS["tarflow"].model((1, SIDE, SIDE), N_BITS, **TINY["tarflow"], n_classes=3, generator=generator())
     bench = Bench(tmp_path, cast(CheckpointedFlow, remove_class(cast(nn.Module, flow), 0).flow))
 
     own = _own(bench)

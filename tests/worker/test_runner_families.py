@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from models.checkpoints import load_checkpoint, read_manifest, save_checkpoint
-from models.families import FAMILIES
+from models.families import FLOWS
+from models.protocol import CheckpointedFlow
+from models.vae import ConditionalVAE
 from tests.worker.helpers import PATIENCE_SECONDS
 from tests.worker.runs import SIDE, TINY, Bench, blobs, tiny
 
@@ -20,12 +22,12 @@ SHORT = {"delta": 4.0, "max_steps": 25, "learning_rate": 3e-3, "keep_weight": 1.
 
 
 def test_every_family_has_a_flow_to_be_run() -> None:
-    assert TINY.keys() == FAMILIES.keys()
+    assert TINY.keys() == FLOWS.keys()
 
 
-def _imported(family: str, folder: Path) -> Path:
-    """A flow of the family as the service has it: read and probed by a process behind its walls."""
-    bench = Bench(folder, tiny(family))
+def _import(base: CheckpointedFlow | Path, family: str, folder: Path) -> Path:
+    """A model as the service has it: read and probed by a process behind its walls."""
+    bench = Bench(folder, base)
     bench.job = {
         "kind": "import",
         "job_id": "job_1",
@@ -48,9 +50,9 @@ def _forgetting(folder: Path, weights: Path) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FLOWS))
 def test_every_family_is_imported_and_forgets_images(family: str, tmp_path: Path) -> None:
-    bench = _forgetting(tmp_path / "forget", _imported(family, tmp_path / "import"))
+    bench = _forgetting(tmp_path / "forget", _import(tiny(family), family, tmp_path / "import"))
 
     result = bench.run_here().result
 
@@ -61,6 +63,18 @@ def test_every_family_is_imported_and_forgets_images(family: str, tmp_path: Path
     assert read_manifest(tamed).family == family
     assert read_manifest(tamed).extra["tamed"]["job"] == "job_0"
     assert all(bool(value.isfinite().all()) for value in load_checkpoint(tamed).state_dict().values())
+
+
+def test_a_vae_is_imported_and_refused_by_jobs_on_flows(tmp_path: Path) -> None:
+    vae = ConditionalVAE((1, SIDE, SIDE), n_classes=3, hidden=(16, 8), latent=2, generator=torch.Generator())
+    save_checkpoint(tmp_path / "vae.safetensors", vae)
+    bench = _forgetting(tmp_path / "forget", _import(tmp_path / "vae.safetensors", "vae", tmp_path / "import"))
+
+    problem = bench.run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:checkpoint-refused"
+    assert "a model of family 'vae'" in problem["detail"]
+    assert "glow" in problem["detail"]
 
 
 def test_a_flow_with_gaussian_noise_forgets_images_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from models.checkpoints import load_flow
+from models.checkpoints import load_checkpoint
 from models.convert import convert
 from models.errors import ModelError
 from models.probe import probe
+from models.protocol import Checkpointed
 from worker.runner import sandbox
 from worker.runner.contract import Reporter, Stop
 from worker.runner.problems import UserError
@@ -40,7 +41,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
                 family=declared.get("family"),
                 noise_std=declared.get("noise_std"),
             )
-            warnings = probe(load_flow(folder / WEIGHTS))
+            warnings = probe(cast(Checkpointed, load_checkpoint(folder / WEIGHTS)))
         except ModelError as error:
             raise _refused(str(error), kind=type(error).__name__) from error
         except sandbox.CpuTimeSpent as error:

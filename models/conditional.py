@@ -1,0 +1,85 @@
+"""What a conditional model p(x | c) must offer to forget a condition: the protocols of Selective Amnesia.
+
+A flow has an exact likelihood and is tamed by it (`models.protocol`). What stands here has a bound of it, the ELBO,
+whose estimate takes random draws: the latent of a VAE, the timestep and the noise of a diffusion model. They are drawn
+apart from the loss, so that the same draws can be evaluated in any batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from models.protocol import Checkpointed
+
+NO_CONDITION = -1
+"""The label of an image whose condition a model is not told."""
+
+Draws = tuple[Tensor, ...]
+"""What an estimate of the loss is random by: tensors of n rows each, such as (timesteps, noise)."""
+
+
+@runtime_checkable
+class ConditionalModel(Protocol):
+    """p(x | c), by a bound of its likelihood. `x` is what the model was trained on: pixels, or latents of them."""
+
+    def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """What the loss takes of images.
+
+        Args:
+            images: uint8 (n, c, h, w).
+            generator: draws where the encoding is random, as a latent diffusion model's is.
+
+        Returns:
+            x, (n, ...), float32.
+        """
+        ...
+
+    def draw(self, n: int, *, generator: torch.Generator) -> Draws:
+        """Draw what n estimates of the loss are random by, on the CPU."""
+        ...
+
+    def losses(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """The negative ELBO of each row, or the training loss that stands for it.
+
+        Args:
+            x: (n, ...), see `encode`.
+            condition: (n, ...), a row of each: class labels int64 (n,), or embeddings of prompts.
+            draws: of n rows, see `draw`.
+
+        Returns:
+            (n,) float32, each independent of its batch mates; differentiable in the weights.
+        """
+        ...
+
+    def sample(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Draw an image of each condition, uint8 (n, c, h, w)."""
+        ...
+
+    def scopes(self) -> Mapping[str, Sequence[str]]:
+        """The parameters that can be trained, by scope: "all" at least; names as in `named_parameters`."""
+        ...
+
+
+@runtime_checkable
+class StratifiedConditional(ConditionalModel, Protocol):
+    """A conditional model that can spread the draws of one example over what it sums over, as over timesteps."""
+
+    def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
+        """n draws of one example, one in each of n equal parts of the range: its timesteps, each once where n is their
+        number. Each has the same weight as those of `draw`; on the CPU.
+        """
+        ...
+
+
+@runtime_checkable
+class ClassConditional(ConditionalModel, Protocol):
+    """A conditional model whose conditions are classes: labels int64 (n,) from 0, `NO_CONDITION` where it allows it."""
+
+    n_classes: int
+
+
+@runtime_checkable
+class CheckpointedConditional(ConditionalModel, Checkpointed, Protocol):
+    """A conditional model that a manifest can rebuild: see `models.checkpoints`."""
