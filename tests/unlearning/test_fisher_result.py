@@ -125,7 +125,7 @@ def test_a_wider_scope_serves_a_narrower_one(tmp_path: Path) -> None:
 def test_one_of_other_weights_or_names_is_refused(tmp_path: Path) -> None:
     save_fisher(of({"w": torch.ones(2)}), tmp_path / "f")
 
-    with pytest.raises(FisherError, match="of weights abc, the model's are abd"):
+    with pytest.raises(FisherError, match="of weights abc, the model has abd"):
         load_fisher(tmp_path / "f", weights="abd", names=["w"])
     with pytest.raises(FisherError, match="has no v: compute it for this scope"):
         load_fisher(tmp_path / "f", weights="abc", names=["w", "v"])
