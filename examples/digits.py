@@ -66,6 +66,18 @@ class ClassifierRecipe:
     """Another seed gives a second opinion."""
 
 
+@dataclass(frozen=True)
+class ScepticRecipe(ClassifierRecipe):
+    """The same for a classifier that also learns to say that it sees no digit, by an even answer.
+
+    One that has only seen digits calls whatever else it is shown some digit, often surely: of a model that came to draw
+    noise it tells nothing. A type of its own, so that the keys of `ClassifierRecipe` stay as they are.
+    """
+
+    nothing: int = 64
+    """Images without a digit in each step, beside the batch; see `without_digits`."""
+
+
 CLASSIFIER_RECIPE = ClassifierRecipe()
 
 
@@ -168,11 +180,38 @@ def train_classifier(digits: Digits, recipe: ClassifierRecipe = CLASSIFIER_RECIP
         level = torch.rand(len(x), 1, 1, 1, generator=generator) * recipe.noise
         x = x + level * torch.randn(x.shape, generator=generator)
         loss = F.cross_entropy(model(x), labels[rows])
+        if isinstance(recipe, ScepticRecipe):
+            empty = without_digits(images[rows[: recipe.nothing]], generator)
+            loss = loss - F.log_softmax(model(empty.float() / 255), 1).mean()  # cross-entropy against an even answer
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimiser.step()
         schedule.step()
     return model.eval()
+
+
+def without_digits(images: Tensor, generator: torch.Generator) -> Tensor:
+    """As many images of no digit: grey noise of any level, contrast and grain, and the pixels of the images, shuffled.
+
+    Args:
+        images: uint8 (n, 1, side, side).
+        generator: draws them.
+
+    Returns:
+        uint8 (n, 1, side, side).
+    """
+    n, side = len(images), images.shape[-1]
+    level = torch.rand(n, 1, 1, 1, generator=generator)
+    contrast = torch.rand(n, 1, 1, 1, generator=generator) * 0.5
+    grains = []
+    for grain in (1, 2, 4, 7):
+        coarse = torch.randn(n, 1, -(-side // grain), -(-side // grain), generator=generator)
+        grains.append(F.interpolate(coarse, scale_factor=grain, mode="bilinear")[..., :side, :side])
+    picked = torch.stack(grains, 1)[torch.arange(n), torch.randint(len(grains), (n,), generator=generator)]
+    noise = ((level + contrast * picked).clamp(0, 1) * 255).round().to(torch.uint8)
+    order = torch.rand(n, side * side, generator=generator).argsort(1)
+    shuffled = images.flatten(1).gather(1, order).reshape(images.shape)
+    return torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.25, shuffled, noise)
 
 
 def digit_classifier(

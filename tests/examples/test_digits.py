@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from examples import digits
-from examples.digits import ClassifierRecipe, DigitClassifier, Digits, accuracy, export_onnx, load_digits
+from examples.digits import (
+    ClassifierRecipe,
+    DigitClassifier,
+    Digits,
+    ScepticRecipe,
+    accuracy,
+    export_onnx,
+    load_digits,
+    without_digits,
+)
 from models.errors import ImageError
 
 
@@ -62,6 +71,18 @@ def test_a_moment_of_training_tells_most_digits_apart(loaded: Digits) -> None:
 
     assert accuracy(first, loaded.held_out, loaded.held_out_labels) > 0.8
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_a_sceptic_tells_digits_apart_and_answers_evenly_to_what_is_none(loaded: Digits) -> None:
+    common = {"steps": 60, "batch": 48}
+    plain, sceptic = (digits.train_classifier(loaded, kind(**common)) for kind in (ClassifierRecipe, ScepticRecipe))
+    empty = without_digits(loaded.held_out, torch.Generator().manual_seed(5))
+
+    assert empty.dtype == torch.uint8
+    assert empty.shape == loaded.held_out.shape
+    assert accuracy(sceptic, loaded.held_out, loaded.held_out_labels) > 0.8
+    certain = [float(judge.posterior(empty).amax(1).mean()) for judge in (plain, sceptic)]
+    assert certain[1] < 0.2 < certain[0]
 
 
 def test_the_onnx_file_answers_as_the_classifier(loaded: Digits, tmp_path: Path) -> None:
