@@ -51,6 +51,8 @@ class Client(Uploads):
         attributes: Sequence[Mapping[str, Any]] | None = None,
         class_label: int | None = None,
         where: str | None = None,
+        replace_with: str | int | None = None,
+        judge: Mapping[str, Any] | None = None,
         remember: str | int | None = None,
         parameters: Mapping[str, Any] | None = None,
         criteria: Mapping[str, Any] | None = None,
@@ -71,9 +73,14 @@ class Client(Uploads):
                 "at_most": 0.1}``, or with ``"sets": {"smiling": "imgs_...", "other": "imgs_..."}`` instead.
             class_label: A class of the checkpoint, from 0.
             where: Whether that class is taken out of the ``weights`` (the default) or at the ``prior``.
+            replace_with: What that class of a VAE becomes: ``"noise"`` (the default), another class, or what the images
+                of this id show.
+            judge: Who tells the classes of a VAE's samples: ``{"classifier": "clf_..."}`` with a class for every label,
+                or ``{"sets": {"0": "imgs_...", "1": "imgs_..."}}``; left out, one is trained on samples of the model.
             remember: Id of an image set that must stay, or how many samples of the base model stand in for one.
             parameters: The method's parameters; what is left out takes the method's default.
-            criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``.
+            criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``; of a class of
+                a VAE also ``forgotten_at_most``, ``replaced_at_least`` and ``others_within``.
             same_identity: Id of a set of other images of the same, measured only.
             held_out: Id of a set of images that the model never saw, measured only.
             sample_grid: Whether the report shows samples of both models; they may show faces.
@@ -85,6 +92,8 @@ class Client(Uploads):
         target = {"images": images, "attributes": attributes, "class_label": class_label, "where": where}
         body = {
             "target": {name: value for name, value in target.items() if value is not None},
+            **_replacement(replace_with),
+            **({} if judge is None else {"judge": dict(judge)}),
             **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
             "evaluation": _evaluation(sample_grid, same_identity=same_identity, held_out=held_out),
         }
@@ -293,6 +302,12 @@ def _common(
     if seed is not None:
         body["seed"] = seed
     return body
+
+
+def _replacement(replace_with: str | int | None) -> dict[str, Any]:
+    if replace_with is None or replace_with == "noise":
+        return {} if replace_with is None else {"replace_with": "noise"}
+    return {"replace_with": {"class_label" if isinstance(replace_with, int) else "images": replace_with}}
 
 
 def _evaluation(sample_grid: bool, **sets: str | None) -> dict[str, Any]:

@@ -15,20 +15,25 @@ if TYPE_CHECKING:
     from cli.resources import Job
 
 __all__ = [
+    "AtMost",
     "CheckpointId",
     "HeldOut",
     "IdempotencyKey",
     "Metadata",
+    "OthersWithin",
     "Parameters",
     "Priority",
     "ReleaseAlways",
     "Remember",
     "RememberGenerated",
+    "ReplaceWith",
+    "ReplacedAtLeast",
     "SampleGrid",
     "Seed",
     "Watch",
     "common",
     "follow",
+    "replacement",
     "send",
 ]
 
@@ -50,6 +55,23 @@ Parameters = Annotated[
 ReleaseAlways = Annotated[
     bool, typer.Option("--release-always", help="Let the weights go even if the criteria are missed.")
 ]
+ReplaceWith = Annotated[
+    str | None,
+    typer.Option(
+        metavar="noise|CLASS|IMAGES",
+        help="What a class of a VAE becomes: another class, imgs_...",
+        show_default="noise",
+    ),
+]
+AtMost = Annotated[
+    float | None, typer.Option(help="P(forgotten class) of samples asked for it, of a VAE.", show_default="0.05")
+]
+ReplacedAtLeast = Annotated[
+    float | None, typer.Option(help="P(replacing class) of the same samples.", show_default="0.9, with a class")
+]
+OthersWithin = Annotated[
+    float | None, typer.Option(help="How far its other classes may fall in accuracy.", show_default="0.02")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all randomness.", show_default="drawn, reported")]
 Priority = Annotated[int, typer.Option(min=-100, max=100, help="Higher first.")]
 Metadata = Annotated[
@@ -69,14 +91,18 @@ def common(
     parameter: list[str] | None,
     release_always: bool,
     metadata: list[str] | None,
+    bounds: dict[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """The client's arguments that say the same in every kind of job."""
+    """The client's arguments that say the same in every kind of job; ``bounds`` are criteria of this one."""
     if remember and remember_generated:
         raise typer.BadParameter("Give either --remember or --remember-generated.")
+    criteria: dict[str, Any] = {name: value for name, value in (bounds or {}).items() if value is not None}
+    if release_always:
+        criteria["release_weights"] = "always"
     return {
         "remember": remember or remember_generated,
         "parameters": _pairs(parameter),
-        "criteria": {"release_weights": "always"} if release_always else None,
+        "criteria": criteria or None,
         "metadata": _pairs(metadata),
     }
 
@@ -93,6 +119,15 @@ def send(ask: Callable[[Client], Job], *, url: str | None, key: str | None, as_j
             emit(job.id)
         if watch:
             follow(client, job.id, as_json=as_json)
+
+
+def replacement(text: str | None) -> str | int | None:
+    """``noise``, a class by its label, or an image set by its id, as the client takes it."""
+    if text is None or text == "noise" or text.startswith("imgs_"):
+        return text
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    raise typer.BadParameter(f"{text!r} is neither noise, nor a class from 0, nor imgs_...")
 
 
 def follow(client: Client, job_id: str, *, timeout: float | None = None, as_json: bool) -> None:

@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.job_options import (
+    AtMost,
     CheckpointId,
     HeldOut,
     IdempotencyKey,
     Metadata,
+    OthersWithin,
     Parameters,
     Priority,
     ReleaseAlways,
     Remember,
     RememberGenerated,
+    ReplacedAtLeast,
+    ReplaceWith,
     SampleGrid,
     Seed,
     Watch,
     common,
     follow,
+    replacement,
     send,
 )
 from cli.judges import attribute_of, distribution_of, judge_of
@@ -66,6 +71,18 @@ def forget(
     where: Annotated[
         str | None, typer.Option(help="That class: in the weights, or at the prior.", show_default="weights")
     ] = None,
+    replace_with: ReplaceWith = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="Who tells the classes of a VAE's samples: clf_..., or labelled image sets 0=imgs_...,1=imgs_...; "
+            "else one is trained on its samples.",
+        ),
+    ] = None,
+    at_most: AtMost = None,
+    replaced_at_least: ReplacedAtLeast = None,
+    others_within: OthersWithin = None,
     remember: Remember = None,
     remember_generated: RememberGenerated = None,
     same_identity: Annotated[
@@ -87,7 +104,8 @@ def forget(
     """Make a model forget what the images show, an attribute, or a class. Prints the job's id.
 
     An attribute: forgetd jobs forget ckpt_... --attribute 'clf_...:smiling<=0.1'. A class: forgetd jobs forget ckpt_...
-    --class-label 3 --where prior.
+    --class-label 3 --where prior. A class of a VAE, which becomes another: forgetd jobs forget ckpt_... --class-label 0
+    --replace-with 1.
 
     The job is queued and survives restarts of the service. The model itself stays as it is: a job that meets its
     criteria publishes a new one beside a report. The images to forget are erased when the job ends, however it ends.
@@ -101,7 +119,13 @@ def forget(
         parameter=parameter,
         release_always=release_always,
         metadata=metadata,
+        bounds={
+            "forgotten_at_most": at_most,
+            "replaced_at_least": replaced_at_least,
+            "others_within": others_within,
+        },
     )
+    replacing = replacement(replace_with)
     attributes = [attribute_of(text) for text in attribute] if attribute else None
     send(
         lambda client: client.forget(
@@ -110,6 +134,8 @@ def forget(
             attributes=attributes,
             class_label=class_label,
             where=where,
+            replace_with=replacing,
+            judge=judge_of(judge) if judge else None,
             same_identity=same_identity,
             held_out=held_out,
             sample_grid=sample_grid,

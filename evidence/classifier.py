@@ -15,6 +15,7 @@ from torch import Tensor
 from evidence.errors import ClassifierShapeError, InsufficientEvidenceError, TargetError
 from evidence.fractions import Fraction, clopper_pearson
 from evidence.likelihood import check_images, derive_seed, device_of
+from evidence.patch_features import Filters
 from models.images import flow_input
 
 __all__ = [
@@ -31,35 +32,17 @@ SMALLEST_SET = 10
 
 FOLDS = 5
 
-FILTERS = 64
-"""Patch filters, as many as a set of patches supports."""
-
-PATCH = 7
-"""Side of a patch, pixels; at most half the picture's."""
-
-THRESHOLD = 1.0
-"""Response of a filter below which it counts as silent; its responses have a deviation of at most 1."""
-
-PATCHES = 20_000
-"""Patches that the filters are learned from."""
-
-ROUNDS = 10
-"""Of spherical k-means."""
-
-SIDE = 32
-"""Pixels; larger images are averaged down to this side first."""
-
-CELLS = 4
-"""The picture is summed up in so many cells a side."""
-
 PENALTIES = torch.logspace(-5, 3, 17, dtype=torch.float64)
 """Ridge penalties tried, in units of the features' mean square."""
+
+SHARPNESS = torch.logspace(-1, 2.5, 71, dtype=torch.float64)
+"""Factors of scores tried for probabilities; scores are near 0 for a wrong class and 1 for the right one."""
 
 COMPONENTS = 512
 """Principal components of the features that the ridge regression reads, where there are as many."""
 
 BATCH = 256
-"""Images whose features are computed at once."""
+"""Images that a flow classifies at once."""
 
 
 @runtime_checkable
@@ -81,41 +64,6 @@ class Classifier(Protocol):
         ...
 
 
-class _Filters:
-    """Fixed features of small pictures: whitened patches held against a dictionary of them, pooled over cells.
-
-    After Coates & Ng (2012), "Learning feature representations with k-means": filters are learned from the patches
-    themselves by spherical k-means, so that they fit faces, digits and textures alike and need no labels. A coarse
-    copy of the picture, grey levels included, goes beside them, as patches are free of contrast and brightness.
-    """
-
-    def __init__(self, images: Tensor, generator: torch.Generator) -> None:
-        small = _small(images)  # (n, c, h, w)
-        self._side = max(1, min(PATCH, small.shape[2] // 2, small.shape[3] // 2))
-        patches = _patches(small, self._side, PATCHES, generator)  # (m, d)
-        self._mean = patches.mean(0)
-        values, vectors = torch.linalg.eigh((patches - self._mean).T @ (patches - self._mean) / len(patches))
-        self._white = vectors * (values.clamp_min(0) + 0.1).rsqrt() @ vectors.T  # (d, d)
-        self._filters = _spherical_means((patches - self._mean) @ self._white, FILTERS, generator)  # (f, d)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) uint8 to features (n, k) float32."""
-        parts = [self._features(_small(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-        return torch.cat(parts) if parts else torch.zeros(0, 0)
-
-    def _features(self, x: Tensor) -> Tensor:
-        patches = F.unfold(x, self._side)  # (n, d, positions)
-        n, d, positions = patches.shape
-        flat = _normalised(patches.transpose(1, 2).reshape(-1, d))
-        response = (flat - self._mean) @ (self._white @ self._filters.T)  # (n positions, f)
-        height = x.shape[2] - self._side + 1
-        heard = (response - THRESHOLD).relu_().view(n, height, positions // height, -1)
-        grid = heard.permute(0, 3, 1, 2)  # (n, f, h', w')
-        pooled = F.adaptive_avg_pool2d(grid, _at_most(grid, CELLS)).sqrt()  # counts, of which the root has even noise
-        coarse = F.adaptive_avg_pool2d(x, _at_most(x, 2 * CELLS))
-        return torch.cat([pooled.flatten(1), coarse.flatten(1)], dim=1)
-
-
 @dataclass(frozen=True, eq=False)
 class TrainedClassifier:
     """A ridge classifier on patch features, trained from labelled images.
@@ -131,6 +79,7 @@ class TrainedClassifier:
             is 1 / k whatever the sizes; its interval is Clopper and Pearson's at the harmonic sample size.
         recall: the same for each class.
         sizes: images of each class.
+        sharpness: what scores are multiplied by before the softmax that makes probabilities of them.
     """
 
     name: str
@@ -139,7 +88,8 @@ class TrainedClassifier:
     accuracy: Fraction
     recall: Mapping[str, float]
     sizes: Mapping[str, int]
-    _filters: _Filters
+    sharpness: float
+    _filters: Filters
     _mean: Tensor
     _projection: Tensor
     _weights: Tensor
@@ -153,8 +103,19 @@ class TrainedClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Labels (n,) int64 of images (n, c, h, w) uint8."""
-        features = self.features(images)
-        return _with_bias(features.double()).matmul(self._weights).argmax(1)
+        return self._scores(images).argmax(1)
+
+    @property
+    def threshold(self) -> float:
+        """As `evidence.readings.Probabilistic`: the likelier of two classes wins."""
+        return 0.5
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(n, k) float64, rows that sum to 1, of images (n, c, h, w) uint8: calibrated on images it had not seen."""
+        return torch.softmax(self.sharpness * self._scores(images), dim=1)
+
+    def _scores(self, images: Tensor) -> Tensor:
+        return _with_bias(self.features(images).double()).matmul(self._weights)
 
 
 class FlowClassifier:
@@ -218,12 +179,13 @@ def train_classifier(
     images = torch.cat([one.cpu() for one in sets.values()])
     labels = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes.values())])
     generator = torch.Generator().manual_seed(derive_seed(seed, "classifier"))
-    filters = _Filters(images, generator)
+    filters = Filters(images, generator)
     features = filters(images)
     mean, projection = _projection(features)
     x, targets = _with_bias(((features - mean) @ projection).double()), F.one_hot(labels, len(classes)).double()
     weight = 1 / torch.tensor(list(sizes.values()), dtype=torch.float64)[labels]
-    guesses = _held_out_guesses(x, targets, weight, labels, generator)
+    scores = _held_out_scores(x, targets, weight, labels, generator)
+    guesses = scores.argmax(1)
     hits = [float((guesses[labels == i] == i).double().mean()) for i in range(len(classes))]
     accuracy = _balanced(hits, list(sizes.values()), confidence)
     _check_accuracy(accuracy, len(classes), name)
@@ -234,6 +196,7 @@ def train_classifier(
         accuracy=accuracy,
         recall=dict(zip(classes, hits, strict=True)),
         sizes=sizes,
+        sharpness=_sharpness(scores, labels, weight),
         _filters=filters,
         _mean=mean,
         _projection=projection,
@@ -299,17 +262,23 @@ def _balanced(hits: Sequence[float], sizes: Sequence[int], confidence: float) ->
     return Fraction(value, *clopper_pearson(value * n, n, 1 - confidence), n, confidence, confidence)
 
 
-def _held_out_guesses(x: Tensor, targets: Tensor, weight: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Label (n,) of each image by a judge that was fitted without it; every class is spread over all folds."""
+def _held_out_scores(x: Tensor, targets: Tensor, weight: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Scores (n, k) of each image by a judge that was fitted without it; every class is spread over all folds."""
     fold = torch.empty(len(x), dtype=torch.int64)
     for label in range(targets.shape[1]):
         rows = (labels == label).nonzero().flatten()
         fold[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % FOLDS
-    guesses = torch.empty(len(x), dtype=torch.int64)
+    scores = torch.empty_like(targets)
     for one in range(FOLDS):
         held, seen = fold == one, fold != one
-        guesses[held] = (x[held] @ _ridge(x[seen], targets[seen], weight[seen])).argmax(1)
-    return guesses
+        scores[held] = x[held] @ _ridge(x[seen], targets[seen], weight[seen])
+    return scores
+
+
+def _sharpness(scores: Tensor, labels: Tensor, weight: Tensor) -> float:
+    """The factor of scores (n, k) at which their softmax is likeliest: temperature scaling (Guo et al. 2017)."""
+    tried = [float(one) for one in SHARPNESS]
+    return min(tried, key=lambda one: float(F.cross_entropy(one * scores, labels, reduction="none") @ weight))
 
 
 def _ridge(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -352,40 +321,3 @@ def _projection(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_bias(features: Tensor) -> Tensor:
     return torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], dim=1)
-
-
-def _small(images: Tensor) -> Tensor:
-    x = images.cpu().float() / 255 - 0.5  # (n, c, h, w)
-    return F.adaptive_avg_pool2d(x, _at_most(x, SIDE))
-
-
-def _at_most(x: Tensor, side: int) -> tuple[int, int]:
-    return min(side, x.shape[2]), min(side, x.shape[3])
-
-
-def _patches(x: Tensor, side: int, n: int, generator: torch.Generator) -> Tensor:
-    """About n patches (m, c side^2), each free of brightness and contrast, from evenly many places of each picture."""
-    each = max(1, n // len(x))
-    parts = []
-    for start in range(0, len(x), BATCH):
-        cut = F.unfold(x[start : start + BATCH], side).transpose(1, 2)  # (b, positions, d)
-        where = torch.randint(cut.shape[1], (len(cut), each), generator=generator)
-        parts.append(cut.gather(1, where[..., None].expand(-1, -1, cut.shape[2])).flatten(0, 1))
-    patches = torch.cat(parts)
-    return _normalised(patches[torch.randperm(len(patches), generator=generator)[:n]])
-
-
-def _normalised(patches: Tensor) -> Tensor:
-    centred = patches - patches.mean(1, keepdim=True)
-    return centred / (centred.var(1, correction=0, keepdim=True) + 1e-3).sqrt()
-
-
-def _spherical_means(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k unit vectors (k, d) by spherical k-means from random members; one without followers keeps its place."""
-    k = min(k, len(x))
-    centres = F.normalize(x[torch.randperm(len(x), generator=generator)[:k]])
-    for _ in range(ROUNDS):
-        score, nearest = (x @ centres.T).max(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, x * score[:, None])
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums), centres)
-    return centres

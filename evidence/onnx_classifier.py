@@ -36,3 +36,15 @@ class OnnxClassifier:
         """
         check_size(self.name, self.image_shape, images)
         return torch.from_numpy(self._model.labels(images.cpu().numpy()))
+
+    @property
+    def threshold(self) -> float:
+        """See `evidence.readings.Probabilistic`."""
+        return self.spec.threshold
+
+    def probabilities(self, images: Tensor) -> Tensor | None:
+        """See `evidence.readings.Probabilistic`; None for a score, which is on a scale of its own."""
+        check_size(self.name, self.image_shape, images)
+        if self.spec.output == "score":
+            return None
+        return torch.from_numpy(self._model.probabilities(images.cpu().numpy()))

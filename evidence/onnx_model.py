@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,9 +117,25 @@ class OnnxModel:
         Raises:
             ClassifierOutputError: an answer is not finite, is no probability, or has another shape than stated.
         """
-        size = self._fixed or BATCH
-        parts = [self._labels(self._scaled(images[i : i + size])) for i in range(0, len(images), size)]
+        parts = [self._decide(values) for values in self._batches(images)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Probabilities (n, k) of images (n, c, h, w), rows that sum to 1; of logits, by softmax or sigmoid.
+
+        Raises:
+            ClassifierOutputError: as `labels`; also for a score, which is on a scale of its own.
+        """
+        if self.spec.output == "score":
+            raise ClassifierOutputError(f"the classifier {self.name} gives scores, which are no probabilities")
+        parts = [self._spread(values) for values in self._batches(images)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
+
+    def _batches(self, images: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float64]]:
+        """What the model answers, (n, values) of each batch."""
+        size = self._fixed or BATCH
+        for start in range(0, len(images), size):
+            yield self._values(self._scaled(images[start : start + size]))
 
     def _scaled(self, images: npt.NDArray[np.uint8]) -> FloatArray:
         unit = images.astype(np.float32) / np.float32(255)
@@ -128,7 +145,7 @@ class OnnxModel:
         scaled: FloatArray = (unit - mean) / deviation
         return scaled
 
-    def _labels(self, pixels: FloatArray) -> npt.NDArray[np.int64]:
+    def _values(self, pixels: FloatArray) -> npt.NDArray[np.float64]:
         n = len(pixels)
         if self._fixed and n < self._fixed:  # a model of one batch size gets its batch, filled up
             pixels = np.concatenate([pixels, np.zeros((self._fixed - n, *pixels.shape[1:]), dtype=np.float32)])
@@ -145,7 +162,17 @@ class OnnxModel:
         if not np.isfinite(values).all():
             bad = int((~np.isfinite(values)).any(1).sum())
             raise ClassifierOutputError(f"the classifier {self.name} answers {bad} of {n} images with no finite number")
-        return self._decide(values)
+        return np.asarray(values)
+
+    def _spread(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if self.spec.output == "probabilities":
+            _check_probabilities(self.name, values)
+            second = np.clip(values, 0, 1)
+            both = np.concatenate([1 - second, second], axis=1) if values.shape[1] == 1 else second
+            return np.asarray(both / both.sum(1, keepdims=True))
+        logits = np.concatenate([np.zeros_like(values), values], axis=1) if values.shape[1] == 1 else values
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(odds / odds.sum(1, keepdims=True))
 
     def _decide(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         spec = self.spec

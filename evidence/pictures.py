@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from evidence.drift import draw_samples
 from models.images import denoised, to_uint8
 from models.protocol import Flow
 
-__all__ = ["sample_grid"]
+__all__ = ["picture_of", "sample_grid"]
 
 GAP = 2
 """Pixels of white between pictures, before enlargement."""
@@ -39,10 +40,17 @@ def sample_grid(
     Returns:
         A PNG file: RGB for models of three channels, else grey, of the first channel.
     """
-    rows = [
-        to_uint8(denoised(model, draw_samples(model, n, seed=seed, temperature=temperature)), n_bits)
-        for model in (base, tamed)
-    ]  # each (n, c, h, w)
+    return picture_of(
+        [
+            to_uint8(denoised(model, draw_samples(model, n, seed=seed, temperature=temperature)), n_bits)
+            for model in (base, tamed)
+        ],
+        scale=scale,
+    )
+
+
+def picture_of(rows: Sequence[Tensor], *, scale: int = 3) -> bytes:
+    """Rows of images, uint8 (n, c, h, w) each, one above the other: a PNG file, as `sample_grid` gives it."""
     pixels = torch.cat([_row(row) for row in rows], dim=1)  # (c, 2 (h + gap), n (w + gap))
     picture = pixels[:3] if len(pixels) >= 3 else pixels[:1]
     frame = torch.nn.functional.pad(picture, (GAP, 0, GAP, 0), value=255)

@@ -76,6 +76,8 @@ class ScepticRecipe(ClassifierRecipe):
 
     nothing: int = 64
     """Images without a digit in each step, beside the batch; see `without_digits`."""
+    faintest: float = 0.1
+    """Digits fade into a random grey, down to this contrast: a faint one is still there, and is to be told."""
 
 
 CLASSIFIER_RECIPE = ClassifierRecipe()
@@ -177,6 +179,9 @@ def train_classifier(digits: Digits, recipe: ClassifierRecipe = CLASSIFIER_RECIP
             torch.cat([images[rows[:half]], coarse[rows[half:]]]), generator, flip=False, shift=recipe.shift
         )
         x = batch.float() / 255
+        if isinstance(recipe, ScepticRecipe):
+            contrast = recipe.faintest + (1 - recipe.faintest) * torch.rand(len(x), 1, 1, 1, generator=generator)
+            x = x * contrast + torch.rand(len(x), 1, 1, 1, generator=generator) * (1 - contrast)
         level = torch.rand(len(x), 1, 1, 1, generator=generator) * recipe.noise
         x = x + level * torch.randn(x.shape, generator=generator)
         loss = F.cross_entropy(model(x), labels[rows])

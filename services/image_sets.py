@@ -124,7 +124,7 @@ def _due() -> ColumnElement[bool]:
 
 def _still_read() -> ColumnElement[bool]:
     """Whether an open job reads the set of the enclosing statement."""
-    roles = [("target",), ("remember",), ("evaluation", "same_identity"), ("evaluation", "held_out")]
+    roles = [("target",), ("replace_with",), ("remember",), ("evaluation", "same_identity"), ("evaluation", "held_out")]
     labelled = mentions(LABELLED_SETS, ImageSet.id)
     return (
         select(Job.id)

@@ -34,12 +34,14 @@ def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequ
         InvalidRequest: what is asked does not fit the checkpoint, or its parts do not fit each other.
     """
     checkpoint = checkpoints.ready(session, caller.tenant_id, request.checkpoint)
-    job_checks.check(session, caller, request, checkpoint.manifest or {})
+    manifest = checkpoint.manifest or {}
+    request = request.decided(job_checks.METHODS_OF_FAMILY[manifest["family"]])
+    job_checks.check(session, caller, request, manifest)
     job = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,
         kind="debias" if isinstance(request, DebiasRequest) else "forget",
-        queue=QUEUE_OF_FAMILY[(checkpoint.manifest or {})["family"]],
+        queue=QUEUE_OF_FAMILY[manifest["family"]],
         priority=request.priority,
         checkpoint_id=checkpoint.id,
         request=request.stored(),

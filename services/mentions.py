@@ -11,8 +11,9 @@ from services.tables import Job
 __all__ = ["CLASSIFIERS", "LABELLED_SETS", "is_open", "mentions"]
 
 # Places in a request, as jsonpath; ``$id`` is what is looked for.
-CLASSIFIERS = ("$.target.attributes[*].classifier ? (@ == $id)", "$.attribute.classifier ? (@ == $id)")
-LABELLED_SETS = ("$.target.attributes[*].sets.* ? (@ == $id)", "$.attribute.sets.* ? (@ == $id)")
+_JUDGES = ("$.target.attributes[*]", "$.attribute", "$.judge")
+CLASSIFIERS = tuple(f"{judge}.classifier ? (@ == $id)" for judge in _JUDGES)
+LABELLED_SETS = tuple(f"{judge}.sets.* ? (@ == $id)" for judge in _JUDGES)
 
 
 def is_open() -> ColumnElement[bool]:

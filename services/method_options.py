@@ -11,16 +11,22 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from services.errors import InvalidRequest
+from services.request_parts import escaped
+
 __all__ = [
+    "AmnesiaOptions",
     "ClassRemovalOptions",
     "FlowTamingOptions",
     "Method",
     "Options",
     "SteeringOptions",
+    "UndecidedOptions",
+    "decided_options",
     "options_of",
 ]
 
-Method = Literal["flow-taming", "steering", "class-removal", "class-taming"]
+Method = Literal["flow-taming", "steering", "class-removal", "class-taming", "selective-amnesia"]
 LossTerm = Literal["forget", "remember", "nll", "kl_forward", "kl_reverse"]
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -90,13 +96,48 @@ class ClassRemovalOptions(_Options):
     fit: Fit = "crop"
 
 
-Options = FlowTamingOptions | SteeringOptions | ClassRemovalOptions
+class AmnesiaOptions(_Options):
+    """Parameters of Selective Amnesia (arXiv 2305.10120, eq. 4): ``unlearning.amnesia_parameters``."""
+
+    mode: Literal["default", "paper"] | None = Field(
+        None, description="default: a dimensionless penalty; paper: as published; default default"
+    )
+    strength: float | None = Field(
+        None, ge=0, le=1e9, description="how hard the weights are held where F is large; default 10, paper 100"
+    )
+    max_steps: int | None = Field(None, ge=1, le=1_000_000, description="step budget; default 2000, paper 10000")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Adam's; default 0.001, paper 0.0001")
+    batch: int | None = Field(None, ge=1, le=4096, description="surrogate examples in a step; default 256")
+    without: list[Literal["replay", "penalty"]] | None = Field(
+        None, description="terms of the objective to leave out, each once; default none"
+    )
+    scope: Literal["all", "decoder"] | None = Field(
+        None, description="what is trained: all of the model, or of a vae the decoder alone; default all"
+    )
+    micro_batch: MicroBatch = None
+    fit: Fit = "crop"
+
+    @model_validator(mode="after")
+    def _each_term_once(self) -> AmnesiaOptions:
+        if len(set(self.without or [])) < len(self.without or []):
+            raise ValueError("without names a term twice")
+        return self
+
+
+class UndecidedOptions(BaseModel):
+    """Parameters as sent, until the checkpoint has said which method they are for."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+Options = FlowTamingOptions | SteeringOptions | ClassRemovalOptions | AmnesiaOptions
 
 OPTIONS: dict[str, type[Options]] = {
     "flow-taming": FlowTamingOptions,
     "class-taming": FlowTamingOptions,
     "steering": SteeringOptions,
     "class-removal": ClassRemovalOptions,
+    "selective-amnesia": AmnesiaOptions,
 }
 
 
@@ -115,3 +156,25 @@ def options_of(method: str, values: Any) -> Options:
             errors = [InitErrorDetails(type=wrong, loc=(name,), input=None) for name in unknown]
             raise ValidationError.from_exception_data("parameters", errors)
     return options.model_validate(values)
+
+
+def decided_options(method: str, options: Options | UndecidedOptions) -> Options:
+    """The options once the method is known.
+
+    Raises:
+        InvalidRequest: a value is wrong, or an option is another method's.
+    """
+    if not isinstance(options, UndecidedOptions):
+        return options
+    try:
+        return options_of(method, options.model_extra)
+    except ValidationError as error:
+        errors = [
+            {
+                "pointer": "".join(f"/{escaped(str(step))}" for step in ("parameters", *item["loc"])),
+                "detail": item["msg"].removeprefix("Value error, "),
+            }
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        detail = "; ".join(f"{item['pointer']}: {item['detail']}" for item in errors[:3])
+        raise InvalidRequest(detail, errors=errors) from None

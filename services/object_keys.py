@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "asset",
+    "assets_prefix",
     "attempt_prefix",
     "checkpoint_prefix",
     "checkpoint_source",
@@ -28,6 +30,16 @@ def checkpoint_prefix(tenant_id: str, checkpoint_id: str) -> str:
 def checkpoint_source(tenant_id: str, checkpoint_id: str) -> str:
     """The file as uploaded; deleted once it has been converted."""
     return f"{checkpoint_prefix(tenant_id, checkpoint_id)}source"
+
+
+def assets_prefix(tenant_id: str, checkpoint_id: str) -> str:
+    """What jobs learned of a checkpoint and later ones can use; it goes with the checkpoint."""
+    return f"{checkpoint_prefix(tenant_id, checkpoint_id)}assets/"
+
+
+def asset(tenant_id: str, checkpoint_id: str, name: str) -> str:
+    """One of these; the runner names it, in the form that the supervisor lets pass."""
+    return f"{assets_prefix(tenant_id, checkpoint_id)}{name}.safetensors"
 
 
 def classifier_prefix(tenant_id: str, classifier_id: str) -> str:

@@ -16,11 +16,13 @@ __all__ = [
     "ClassName",
     "Criteria",
     "EvaluationRequest",
+    "ForgetCriteria",
     "Images",
     "Judge",
     "OwnClassesJudge",
     "Part",
     "Remember",
+    "Replacement",
     "SampleEvaluation",
     "Target",
     "escaped",
@@ -31,6 +33,7 @@ __all__ = [
 CheckpointId = Annotated[str, Field(pattern=ID_PATTERNS["ckpt"], examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
 ClassifierId = Annotated[str, Field(pattern=ID_PATTERNS["clf"], examples=["clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
 ImageSetId = Annotated[str, Field(pattern=ID_PATTERNS["imgs"], examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
+ClassLabel = Annotated[int, Field(ge=0, le=100_000, strict=True)]
 ClassName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 LabelledSets = Annotated[
     dict[ClassName, ImageSetId],
@@ -124,7 +127,7 @@ class Attribute(Judge):
 
 
 class Target(Part):
-    """What to forget: what images show, how often samples show attributes, or a class of a flow that has classes.
+    """What to forget: what images show, how often samples show attributes, or a class of a model that has classes.
 
     ``where`` says whether a class is taken out of the weights (unlearning, the default; send ``images`` of the class
     with it) or at the prior (its sampling is switched off: access removal, exact and at once).
@@ -132,7 +135,7 @@ class Target(Part):
 
     images: ImageSetId | None = Field(None, description="of what is to be forgotten")
     attributes: Annotated[list[Attribute], Field(min_length=1, max_length=ATTRIBUTES)] | None = None
-    class_label: Annotated[int, Field(ge=0, le=100_000, strict=True)] | None = None
+    class_label: ClassLabel | None = None
     where: Literal["weights", "prior"] | None = Field(
         None, validate_default=True, description="of a class_label; default weights"
     )
@@ -182,11 +185,38 @@ class Target(Part):
         return sets
 
 
+class Replacement(Part):
+    """What a model of classes makes in place of the one it forgets: another of its classes, or what images show."""
+
+    class_label: ClassLabel | None = None
+    images: ImageSetId | None = None
+
+    @model_validator(mode="after")
+    def _one_replacement(self) -> Replacement:
+        if (self.class_label is None) == (self.images is None):
+            raise ValueError('give either class_label or images, or "noise"')
+        return self
+
+
 class Criteria(Part):
     """When the job may call itself succeeded."""
 
     release_weights: Literal["when_met", "always"] = Field(
         "when_met", description="always: a run that misses its criteria fails, yet its weights can be downloaded"
+    )
+
+
+class ForgetCriteria(Criteria):
+    """When a job that forgets may call itself succeeded; the fractions are those of selective-amnesia."""
+
+    forgotten_at_most: float | None = Field(
+        None, ge=0.001, le=0.999, description="P(forgotten class) of samples that are asked for it; default 0.05"
+    )
+    replaced_at_least: float | None = Field(
+        None, ge=0.001, le=0.999, description="P(replacing class) of the same samples, where one replaces; default 0.9"
+    )
+    others_within: float | None = Field(
+        None, ge=0.001, le=1, description="how far the other classes may fall in accuracy; default 0.02"
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Collection
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from services.method_options import (
+    AmnesiaOptions,
     ClassRemovalOptions,
     FlowTamingOptions,
     Method,
     Options,
     SteeringOptions,
+    UndecidedOptions,
+    decided_options,
     options_of,
 )
 from services.request_parts import (
@@ -21,11 +26,13 @@ from services.request_parts import (
     ClassName,
     Criteria,
     EvaluationRequest,
+    ForgetCriteria,
     Images,
     Judge,
     OwnClassesJudge,
     Part,
     Remember,
+    Replacement,
     SampleEvaluation,
     Target,
     small_metadata,
@@ -33,6 +40,8 @@ from services.request_parts import (
 )
 
 __all__ = [
+    "AMNESIA",
+    "AmnesiaOptions",
     "AskedMethod",
     "Attribute",
     "ClassRemovalOptions",
@@ -40,19 +49,24 @@ __all__ = [
     "DebiasRequest",
     "EvaluationRequest",
     "FlowTamingOptions",
+    "ForgetCriteria",
     "ForgetRequest",
     "Images",
     "JobRequest",
     "Judge",
     "OwnClassesJudge",
     "Remember",
+    "Replacement",
     "SampleEvaluation",
     "SteeringOptions",
     "Target",
 ]
 
-AskedMethod = Literal["auto", "flow-taming", "steering", "class-removal", "class-taming"]
+AskedMethod = Literal["auto", "flow-taming", "steering", "class-removal", "class-taming", "selective-amnesia"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+AMNESIA: Final = "selective-amnesia"
+FORGOTTEN_AT_MOST, REPLACED_AT_LEAST, OTHERS_WITHIN = 0.05, 0.9, 0.02
 
 
 def _nothing() -> Any:
@@ -63,7 +77,8 @@ class JobRequest(Part):
     """What the bodies of all jobs have in common.
 
     A body adds what it asks for, then ``method`` and ``parameters``, in this order: each is judged by those before it,
-    and ``method`` becomes the method that ``auto`` stands for.
+    and ``method`` becomes the method that ``auto`` stands for; where families differ in it, once the checkpoint is
+    known (``decided``).
     """
 
     checkpoint: CheckpointId
@@ -77,25 +92,38 @@ class JobRequest(Part):
     _metadata = field_validator("metadata")(small_metadata)
 
     @classmethod
-    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
-        """The method for what is asked, from the fields before ``method``, and what that is; None: they are wrong."""
+    def _fitting(cls, given: dict[str, Any]) -> tuple[tuple[Method, ...], str] | None:
+        """The methods for what is asked, from the fields before ``method``, and what that is; None: they are wrong."""
         raise NotImplementedError
 
     @field_validator("method", check_fields=False)
     @classmethod
     def _method(cls, value: str, info: ValidationInfo) -> str:
         fitting = cls._fitting(info.data)
-        if fitting is None or value in ("auto", fitting[0]):
-            return fitting[0] if fitting else value
-        told = f"{value} does not do this: {fitting[1]} {fitting[0]}; say that, or auto"
+        if fitting is None:
+            return value
+        methods, what = fitting
+        if value in methods or value == "auto":
+            return methods[0] if len(methods) == 1 else value
+        told = f"{value} does not do this: {what} {' or '.join(methods)}; say that, or auto"
+        if value == AMNESIA:
+            told += f"; {AMNESIA} takes a class_label, in the weights"
         raise PydanticCustomError("wrong_method", cast(Any, told))
 
     @field_validator("parameters", mode="wrap", check_fields=False)
     @classmethod
-    def _parameters(cls, value: Any, _handler: Any, info: ValidationInfo) -> Options:
-        """Judged as the method's options; whatever else is wrong with the request is said first."""
+    def _parameters(cls, value: Any, _handler: Any, info: ValidationInfo) -> Options | UndecidedOptions:
+        """Judged as the method's options, once it is known; whatever else is wrong with the request is said first."""
         method = info.data.get("method", "auto")
-        return FlowTamingOptions() if method == "auto" else options_of(method, value)
+        return UndecidedOptions.model_validate(value) if method == "auto" else options_of(method, value)
+
+    def decided(self, known: Collection[str]) -> Self:  # noqa: ARG002 the bodies' to use
+        """The request for a checkpoint of a family that has these methods: none is left open.
+
+        Raises:
+            InvalidRequest: ``parameters`` are not the method's.
+        """
+        return self
 
     def image_sets(self) -> dict[str, str]:
         """The image sets that the job reads, by JSON pointer: first what is to be changed, then the rest."""
@@ -126,23 +154,42 @@ class ForgetRequest(JobRequest):
 
     target: Target
     method: AskedMethod = Field("auto", validate_default=True)
-    parameters: Options = Field(
+    parameters: Options | SkipJsonSchema[UndecidedOptions] = Field(
         default_factory=_nothing, validate_default=True, description="of the method; see its options"
     )
+    replace_with: Literal["noise"] | Replacement | None = Field(
+        None, description="of selective-amnesia: what the class becomes; default noise"
+    )
+    judge: Judge | None = Field(
+        None,
+        description="of selective-amnesia: who tells the classes of samples: one for every label, in their order; "
+        "sets are named by labels. Left out: one is trained on samples of the model",
+    )
+    criteria: ForgetCriteria = ForgetCriteria()
     evaluation: EvaluationRequest = EvaluationRequest()
 
     @classmethod
-    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
+    def _fitting(cls, given: dict[str, Any]) -> tuple[tuple[Method, ...], str] | None:
         target: Target | None = given.get("target")
         if target is None:
             return None
         if target.attributes is not None:
-            return "steering", "attributes take"
+            return ("steering",), "attributes take"
         if target.class_label is None:
-            return "flow-taming", "images take"
+            return ("flow-taming",), "images take"
         if target.at_prior:
-            return "class-removal", "a class at the prior takes"
-        return "class-taming", "a class in the weights takes"
+            return ("class-removal",), "a class at the prior takes"
+        return ("class-taming", AMNESIA), "a class in the weights takes"
+
+    @field_validator("replace_with", mode="wrap")
+    @classmethod
+    def _noise_or_more(cls, value: Any, _handler: Any) -> Any:
+        """The word or the object: what is wrong with one is not said of both."""
+        if value is None or value == "noise":
+            return value
+        if not isinstance(value, dict | Replacement):
+            raise ValueError('give "noise", {"class_label": 1} or {"images": "imgs_..."}')
+        return Replacement.model_validate(value)
 
     @model_validator(mode="after")
     def _of_one_person(self) -> ForgetRequest:
@@ -150,13 +197,44 @@ class ForgetRequest(JobRequest):
             raise ValueError("evaluation.same_identity is about images to forget, and an attribute has none")
         return self
 
+    def decided(self, known: Collection[str]) -> Self:
+        """The request with the method that ``auto`` stands for in a family that has these, and with its defaults.
+
+        Raises:
+            InvalidRequest: ``parameters`` are not the method's.
+        """
+        method = self.method
+        if method == "auto" and (fitting := self._fitting({"target": self.target})) is not None:
+            method = next((it for it in fitting[0] if it in known), fitting[0][0])
+        changes: dict[str, Any] = {"method": method, "parameters": decided_options(method, self.parameters)}
+        if method == AMNESIA:
+            changes |= {"replace_with": self.replace_with or "noise", "criteria": self._amnesia_criteria()}
+        return self.model_copy(update=changes)
+
+    def _amnesia_criteria(self) -> ForgetCriteria:
+        defaults = {"forgotten_at_most": FORGOTTEN_AT_MOST, "others_within": OTHERS_WITHIN}
+        if self.replacing_class is not None:
+            defaults["replaced_at_least"] = REPLACED_AT_LEAST
+        return self.criteria.model_copy(
+            update={name: value for name, value in defaults.items() if getattr(self.criteria, name) is None}
+        )
+
+    @property
+    def replacing_class(self) -> int | None:
+        """The class that takes the forgotten one's place, where one does."""
+        return self.replace_with.class_label if isinstance(self.replace_with, Replacement) else None
+
     def subjects(self) -> dict[str, str]:
-        """The target's image sets, by JSON pointer."""
-        return self.target.image_sets()
+        """The image sets of its target, of what replaces it and of its judge, by JSON pointer."""
+        sets = self.target.image_sets()
+        if isinstance(self.replace_with, Replacement) and self.replace_with.images:
+            sets["/replace_with/images"] = self.replace_with.images
+        return sets | (self.judge.image_sets("/judge") if self.judge else {})
 
     def judges(self) -> dict[str, Judge]:
-        """The judges of its attributes, by JSON pointer."""
-        return {f"/target/attributes/{number}": it for number, it in enumerate(self.target.attributes or [])}
+        """Its judge and those of its attributes, by JSON pointer."""
+        own = {} if self.judge is None else {"/judge": self.judge}
+        return own | {f"/target/attributes/{number}": it for number, it in enumerate(self.target.attributes or [])}
 
 
 class DebiasRequest(JobRequest):
@@ -177,13 +255,13 @@ class DebiasRequest(JobRequest):
     _distribution = field_validator("target_distribution")(sums_to_one)
 
     @classmethod
-    def _fitting(cls, given: dict[str, Any]) -> tuple[Method, str] | None:
+    def _fitting(cls, given: dict[str, Any]) -> tuple[tuple[Method, ...], str] | None:
         attribute: OwnClassesJudge | None = given.get("attribute")
         if attribute is None:
             return None
         if attribute.classes:
-            return "class-removal", "the checkpoint's own classes take"
-        return "steering", "an attribute takes"
+            return ("class-removal",), "the checkpoint's own classes take"
+        return ("steering",), "an attribute takes"
 
     def subjects(self) -> dict[str, str]:
         """The labelled sets of its attribute, by JSON pointer."""

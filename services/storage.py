@@ -25,6 +25,7 @@ PART_BYTES = 8 * 2**20  # 10,000 parts at most: 80 GiB
 READ_BYTES = 2**20
 PARALLEL_FROM_BYTES = 64 * 2**20
 DELETE_AT_ONCE = 1000  # the protocol's most
+CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict")
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 
@@ -84,7 +85,7 @@ class ObjectStorage:
         try:
             self._client.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=media_type, **extra)
         except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if error.response["Error"]["Code"] in CONDITION_FAILED:
                 raise FileExistsError(key) from error
             raise
         return StoredObject(key, len(body), hashlib.sha256(body).hexdigest())
@@ -93,6 +94,26 @@ class ObjectStorage:
         """Write a file of any size."""
         self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": media_type})
         return StoredObject(key, path.stat().st_size, file_sha256(path))
+
+    def put_file_once(self, key: str, path: Path) -> StoredObject:
+        """Write a file of any size together with its SHA-256 (see ``fetch``), or change nothing.
+
+        Raises:
+            FileExistsError: the key is there already.
+        """
+        upload = Upload(self._client, self.bucket, key, once=file_sha256(path))
+        try:
+            with path.open("rb") as stream:
+                while chunk := stream.read(READ_BYTES):
+                    upload.feed(chunk)
+                    if upload.wants_flush():
+                        upload.flush()
+            return upload.finish()
+        except BaseException as error:
+            upload.abort()
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] in CONDITION_FAILED:
+                raise FileExistsError(key) from error
+            raise
 
     def upload(self, key: str) -> Upload:
         """Begin a streamed write of unknown length."""
@@ -115,18 +136,20 @@ class ObjectStorage:
         with body:
             yield from body.iter_chunks(READ_BYTES)
 
-    def fetch(self, key: str, path: Path) -> None:
-        """Copy an object into a file."""
+    def fetch(self, key: str, path: Path) -> str | None:
+        """Copy an object into a file. Its SHA-256 as it was written by ``put_file_once``; None for any other."""
         try:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            written: str | None = answer["Metadata"].get("sha256")
             with answer["Body"] as body:
                 if (
                     answer["ContentLength"] <= PARALLEL_FROM_BYTES
                 ):  # one request; a transfer asks twice and starts threads
                     with path.open("wb") as file:
                         shutil.copyfileobj(body, file, READ_BYTES)
-                    return
+                    return written
             self._client.download_file(self.bucket, key, str(path))
+            return written
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 raise KeyError(key) from error
@@ -144,6 +167,13 @@ class ObjectStorage:
             },
             ExpiresIn=self._settings.presign_seconds,
         )
+
+    def newest(self, prefix: str) -> list[tuple[str, int]]:
+        """Every current key under a prefix with its bytes, newest first."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        found = [item for page in pages for item in page.get("Contents", [])]
+        found.sort(key=lambda item: (item["LastModified"], item["Key"]), reverse=True)
+        return [(item["Key"], item["Size"]) for item in found]
 
     # Erasing.
 
@@ -200,11 +230,16 @@ class ObjectStorage:
 
 
 class Upload:
-    """A streamed write: memory holds one part of 8 MiB, whatever the length. Not finished means not visible."""
+    """A streamed write: memory holds one part of 8 MiB, whatever the length. Not finished means not visible.
 
-    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+    ``once`` is the SHA-256 of what will be written, kept with the object; an object that is there is left as it is.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, key: str, *, once: str | None = None) -> None:
         self._client = client
         self._bucket, self._key = bucket, key
+        self._facts: dict[str, Any] = {} if once is None else {"Metadata": {"sha256": once}}
+        self._unless: dict[str, Any] = {} if once is None else {"IfNoneMatch": "*"}
         self._id: str | None = None
         self._parts: list[Any] = []
         self._buffer = bytearray()
@@ -228,7 +263,8 @@ class Upload:
     def flush(self) -> None:
         """Send what is buffered as one part."""
         if self._id is None:
-            self._id = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key)["UploadId"]
+            answer = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key, **self._facts)
+            self._id = answer["UploadId"]
         number = len(self._parts) + 1
         part = self._client.upload_part(
             Bucket=self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=bytes(self._buffer)
@@ -239,12 +275,17 @@ class Upload:
     def finish(self) -> StoredObject:
         """Make the object visible."""
         if self._id is None:
-            self._client.put_object(Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer))
+            body = bytes(self._buffer)
+            self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, **self._facts, **self._unless)
         else:
             if self._buffer:
                 self.flush()
             self._client.complete_multipart_upload(
-                Bucket=self._bucket, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": self._parts}
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._id,
+                MultipartUpload={"Parts": self._parts},
+                **self._unless,
             )
         return StoredObject(self._key, self.bytes, self._digest.hexdigest())
 

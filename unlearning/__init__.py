@@ -14,7 +14,7 @@ from unlearning.errors import (
 )
 from unlearning.fisher import fisher_information
 from unlearning.fisher_files import load_fisher, save_fisher
-from unlearning.fisher_result import Fisher, merge_fisher, normalise_fisher
+from unlearning.fisher_result import Fisher, average_fisher, merge_fisher, normalise_fisher
 from unlearning.near_duplicates import near_duplicates
 from unlearning.progress import Callback, Interrupted, Step
 from unlearning.replay import generate_remember
@@ -52,6 +52,7 @@ __all__ = [
     "TamingResult",
     "UnlearningError",
     "UnreachableError",
+    "average_fisher",
     "fisher_information",
     "forget_conditions",
     "generate_remember",

@@ -1,5 +1,7 @@
 """What a Fisher information is once computed: tensors by parameter, and the facts without which they mean nothing."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -77,6 +79,39 @@ def merge_fisher(parts: Sequence[Fisher]) -> Fisher:
     return replace(
         first, tensors=tensors, rows=_joined(row for part in parts for row in part.rows), estimator="+".join(estimators)
     )
+
+
+def average_fisher(parts: Sequence[Fisher]) -> Fisher:
+    """The Fisher information over several sets of examples, such as those of single classes, computed apart.
+
+    Args:
+        parts: one or more, of the same weights, parameters, draws, plan and reduction; seeds may differ. Any order.
+
+    Returns:
+        Their average, each weighted with its number of examples. The order of the parts does not change a bit. Its
+        `replay` names all their sets, rows and seeds, its `rows` count through them in the order of their names, and
+        its `seed` is that of the first.
+
+    Raises:
+        InputError: there is no part.
+        FisherError: the parts do not go together, or two are of the same set and share rows.
+    """
+    if not parts:
+        raise InputError("there is no part of a Fisher information to average")
+    parts = sorted(parts, key=lambda part: (part.replay, part.seed, part.rows))
+    for name in ("weights", "draws", "plan", "reduction", "precision"):
+        values = sorted({str(getattr(part, name)) for part in parts})
+        if len(values) > 1:
+            raise FisherError(f"parts of different {name}: {', '.join(values)}")
+    for replay in {part.replay for part in parts}:
+        _joined(row for part in parts if part.replay == replay for row in part.rows)
+    named = json.dumps([[part.replay, part.seed, part.rows] for part in parts])
+    set_of_all, start, rest = hashlib.sha256(named.encode()).hexdigest(), 0, []
+    for part in parts:
+        rows = ((start, start + part.examples),)
+        rest.append(replace(part, rows=rows, replay=set_of_all, seed=parts[0].seed))
+        start += part.examples
+    return merge_fisher(rest)
 
 
 def check_weights(found: object, wanted: str) -> None:

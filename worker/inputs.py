@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from services import object_keys
 from services.leases import Claim
+from services.requests import AMNESIA
 from services.settings import Settings
 from services.storage import ObjectStorage, file_sha256
 from services.tables import Checkpoint, Classifier, ImageSet
@@ -29,6 +30,7 @@ STATE = "resume/state.safetensors"
 # Each with its place in the request.
 ROLES = {
     "forget": "/target/images",
+    "surrogate": "/replace_with/images",
     "remember": "/remember/images",
     "same_identity": "/evaluation/same_identity/images",
     "held_out": "/evaluation/held_out/images",
@@ -101,11 +103,14 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
     if checkpoint.weights_key is None or checkpoint.weights_sha256 is None:
         raise InputMissing("The job's checkpoint has no weights; upload it again.", pointer=CHECKPOINT)
     request = claim.request
+    amnesia = request["method"] == AMNESIA
+    replacing = request.get("replace_with")
     gathered = _Gathered(session, claim)
     gathered.files.append(Input(checkpoint.weights_key, WEIGHTS, checkpoint.weights_sha256, CHECKPOINT))
     evaluation = dict(request.get("evaluation") or {})
     sets = {
         "forget": request.get("target", {}).get("images"),
+        "surrogate": replacing.get("images") if isinstance(replacing, dict) else None,
         "remember": (request.get("remember") or {}).get("images"),
         "same_identity": (evaluation.pop("same_identity", None) or {}).get("images"),
         "held_out": (evaluation.pop("held_out", None) or {}).get("images"),
@@ -116,7 +121,12 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
     }
     channels = (checkpoint.manifest or {}).get("channels")
     judges = Judges(gathered.images, gathered.classifier, channels=channels)
-    asked = _debias(request, judges) if claim.kind == "debias" else {"target": judges.target(request["target"])}
+    if amnesia:
+        asked = _amnesia(request, judges)
+    elif claim.kind == "debias":
+        asked = _debias(request, judges)
+    else:
+        asked = {"target": judges.target(request["target"])}
     job = {
         **_header(claim, settings),
         "method": request["method"],
@@ -128,6 +138,7 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
         **asked,
         "inputs": {
             "checkpoint": WEIGHTS,
+            **({"surrogate": paths["surrogate"] or [], "fisher": {}} if amnesia else {}),
             "forget": paths["forget"] or [],
             "remember": paths["remember"],
             "evaluation": {role: paths[role] or [] for role in ("same_identity", "held_out")},
@@ -145,6 +156,19 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
 def _debias(request: dict[str, Any], judges: Judges) -> dict[str, Any]:
     wanted = {name: request[name] for name in ("target_distribution", "tolerance", "confidence")}
     return {"attribute": judges.told(request["attribute"], "/attribute"), **wanted}
+
+
+def _amnesia(request: dict[str, Any], judges: Judges) -> dict[str, Any]:
+    replacing = request["replace_with"]
+    if replacing == "noise":
+        replacing = {"noise": True}
+    elif "images" in replacing:
+        replacing = {"images": True}
+    return {
+        "target": {"class_label": request["target"]["class_label"]},
+        "replace_with": replacing,
+        "judge": judges.of_labels(request.get("judge"), "/judge"),
+    }
 
 
 class _Gathered:

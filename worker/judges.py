@@ -58,6 +58,13 @@ class Judges:
             return {"class_label": target["class_label"], "where": target["where"]}
         return {"images": True}
 
+    def of_labels(self, judge: Mapping[str, Any] | None, pointer: str) -> dict[str, Any] | None:
+        """A judge whose classes are the labels of the model, in their order, where the request names one."""
+        if judge is None or "sets" not in judge:
+            return None if judge is None else self.told(judge, pointer)
+        # The database keeps the members of an object in an order of its own.
+        return self.told({"sets": {name: judge["sets"][name] for name in sorted(judge["sets"], key=int)}}, pointer)
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of the classifiers' files, by a name for each."""
         return {f"classifier_{number}": told["sha256"] for number, told in enumerate(self._classifiers.values())}

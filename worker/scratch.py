@@ -48,7 +48,7 @@ class Scratch:
         folder = self._home / f"{job_id}-{token}"
         folder.mkdir(mode=0o700)
         try:
-            for name in ("inputs", "resume", "state", "outputs", "tmp"):
+            for name in ("inputs", "resume", "state", "assets", "outputs", "tmp"):
                 (folder / name).mkdir(mode=0o700)
             yield folder
         finally:

@@ -20,7 +20,8 @@ from services.database import Database
 from services.leases import Claim
 from services.settings import Settings
 from services.storage import ObjectStorage
-from worker import inputs, memory, publication
+from worker import assets, inputs, memory, publication
+from worker.assets import AssetKeeper
 from worker.endings import INTERRUPTED_STATUS, Ending, classify, internal, problem
 from worker.lease import LeaseKeeper
 from worker.patience import GaveUp, database_away, patiently, store_away
@@ -239,7 +240,19 @@ class _Attempt:
             raise GaveUp
         if self._claim.resume is not None and not resumable:
             logger.warning("%s attempt %d: its state is gone or damaged; starting from the beginning", *self._name())
-        inputs.write_job(self._folder, {**plan.job, "resume": inputs.STATE} if resumable else plan.job)
+        job = {**plan.job, "resume": inputs.STATE} if resumable else plan.job
+        if "fisher" in job["inputs"]:
+            job = {**job, "inputs": {**job["inputs"], "fisher": self._fetch_assets()}}
+        inputs.write_job(self._folder, job)
+
+    def _fetch_assets(self) -> dict[str, str]:
+        return patiently(
+            lambda: assets.fetch(self._storage, self._claim, self._folder, going_on=self._going_on),
+            away=store_away,
+            going_on=self._going_on,
+            what=f"{self._claim.job_id}: assets",
+            pause=self._supervisor.drain,
+        )
 
     def _supervise(self) -> Ending:
         # Loading its libraries takes the runner as long as we take to fetch; where it reads a hostile file, it is to
@@ -256,12 +269,15 @@ class _Attempt:
         )
         malformed: Malformed | None = None
         status: int | None = None
-        with StateKeeper(self._database, self._storage, self._claim, going_on=self._may_save) as states:
+        with (
+            StateKeeper(self._database, self._storage, self._claim, going_on=self._may_save) as states,
+            AssetKeeper(self._storage, self._claim, going_on=self._may_save) as kept,
+        ):
             try:
                 self._keeper.beat_into(process.beat)
                 if ahead:
                     self._fetch()
-                self._watch(process, states)
+                self._watch(process, states, kept)
             except Malformed as error:
                 malformed = error
                 process.kill()
@@ -293,7 +309,7 @@ class _Attempt:
             folder=self._folder,
         )
 
-    def _watch(self, process: RunnerProcess, states: StateKeeper) -> None:
+    def _watch(self, process: RunnerProcess, states: StateKeeper, kept: AssetKeeper) -> None:
         """Relay until the runner has said its last; stop it on cancel and drain, kill it once the lease may be lost.
 
         A runner that hangs in a driver still reads its beats: what it does not do is talk, so silence ends it too.
@@ -304,7 +320,7 @@ class _Attempt:
             message = process.next_message(POLL_SECONDS)
             if message is not None:
                 heard_at = time.monotonic()
-                self._take(message, states)
+                self._take(message, states, kept)
             if time.monotonic() > heard_at + self._settings.runner_silence_seconds:
                 logger.warning("%s attempt %d: the runner said nothing for too long; killing it", *self._name())
                 process.kill()
@@ -325,7 +341,7 @@ class _Attempt:
                 process.kill()
                 return
 
-    def _take(self, message: dict[str, Any], states: StateKeeper) -> None:
+    def _take(self, message: dict[str, Any], states: StateKeeper, kept: AssetKeeper) -> None:
         kind = message["type"]
         if kind in ("phase", "progress"):
             phase = message.get("phase")
@@ -338,6 +354,8 @@ class _Attempt:
             if not isinstance(path, str) or not isinstance(step, int) or path != f"state/{Path(path).name}":
                 raise Malformed("an odd state")
             states.add(publication.plain_file(self._folder, path), step)
+        elif kind == "asset":
+            kept.add(*assets.offered(message, self._folder))
         elif kind == "result":
             self._result = message
         elif kind == "error":

@@ -57,6 +57,7 @@ def test_every_example_works_as_it_stands(
         "GLASSES": new_image_set(),
         "NO_GLASSES": new_image_set(),
         "CHECKPOINT_OF_CLASSES": ready_checkpoint(caller, "class-prior", architecture={"n_classes": 3}),
+        "CHECKPOINT_OF_A_VAE": ready_checkpoint(caller, "vae", architecture={"n_classes": 3}),
         "JOB": job,
         "QUEUED_JOB": queued,
     }

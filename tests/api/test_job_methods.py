@@ -130,19 +130,3 @@ def test_every_family_is_tamed_and_steered(
 
     assert accepted(forget({"images": image_set}, checkpoint=checkpoint))["request"]["method"] == "flow-taming"
     assert accepted(debias(checkpoint=checkpoint))["request"]["method"] == "steering"
-
-
-@pytest.mark.parametrize("target", ["images", "class"])
-def test_vae_is_no_flow_to_be_tamed_or_steered(
-    forget: Callable[..., httpx.Response],
-    debias: Callable[..., httpx.Response],
-    ready_checkpoint: Callable[..., str],
-    caller: Caller,
-    image_set: str,
-    target: str,
-) -> None:
-    checkpoint = ready_checkpoint(caller, "vae", architecture={"n_classes": 3})
-    wanted = {"images": image_set} if target == "images" else {"class_label": 0}
-
-    refused(forget(wanted, checkpoint=checkpoint), "/method", "family vae, which no method here changes yet")
-    refused(debias(checkpoint=checkpoint), "/method", "family vae, which no method here changes yet")

@@ -311,6 +311,36 @@ class TestJobRequests:
         assert (path, body["target"]) == ("/jobs/forget", target)
 
     @pytest.mark.parametrize(
+        ("words", "members"),
+        [
+            ([], {}),
+            (["--replace-with", "noise", "--judge", JUDGE], {"replace_with": "noise", "judge": {"classifier": JUDGE}}),
+            (
+                ["--replace-with", "1", "--at-most", "0.1", "--replaced-at-least", ".8", "--others-within", "0.03"],
+                {
+                    "replace_with": {"class_label": 1},
+                    "criteria": {"forgotten_at_most": 0.1, "replaced_at_least": 0.8, "others_within": 0.03},
+                },
+            ),
+            (
+                ["--replace-with", "imgs_1", "--judge", "0=imgs_2,1=imgs_3", "--at-most", "0.1", "--release-always"],
+                {
+                    "replace_with": {"images": "imgs_1"},
+                    "judge": {"sets": {"0": "imgs_2", "1": "imgs_3"}},
+                    "criteria": {"forgotten_at_most": 0.1, "release_weights": "always"},
+                },
+            ),
+        ],
+    )
+    def test_forget_a_class_of_a_vae(
+        self, make_server: Callable[..., ScriptedServer], tmp_path: Path, words: list[str], members: dict[str, object]
+    ) -> None:
+        _, body = self.sent(make_server, tmp_path, "forget", "ckpt_1", "--class-label", "0", *words)
+
+        said = {name: body[name] for name in ("replace_with", "judge", "criteria") if name in body}
+        assert said == {"criteria": {}} | members
+
+    @pytest.mark.parametrize(
         ("judge", "attribute"),
         [
             (JUDGE, {"classifier": JUDGE}),
@@ -339,6 +369,9 @@ class TestJobRequests:
             ["forget", "ckpt_1", "--attribute", f"{JUDGE}:smiling=0.1"],
             ["forget", "ckpt_1", "--attribute", "smiling=imgs_1:smiling<=0.1"],
             ["forget", "ckpt_1", "--attribute", f"{JUDGE}:smiling<=--1"],
+            ["forget", "ckpt_1", "--class-label", "0", "--replace-with", "nothing"],
+            ["forget", "ckpt_1", "--class-label", "0", "--replace-with=-1"],
+            ["forget", "ckpt_1", "--class-label", "0", "--judge", "a=imgs_1"],
             ["debias", "ckpt_1", JUDGE],
             ["debias", "ckpt_1", JUDGE, "--target", "half"],
             ["debias", "ckpt_1", JUDGE, "--target", "a=half"],

@@ -68,7 +68,10 @@ def _request(role: str, image_set_id: str) -> dict[str, Any]:
         return {"target": {"attributes": [{"classifier": "clf_" + "0" * 32}, {**judge, "class": "a", "at_most": 0.1}]}}
     if role == "attribute":
         return {"attribute": judge}
-    return {role: images} if role in ("target", "remember") else {"evaluation": {role: images}}
+    if role == "judge":
+        return {"target": {"class_label": 0}, "judge": judge}
+    own = ("target", "replace_with", "remember")
+    return {role: images} if role in own else {"evaluation": {role: images}}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,8 @@ def _request(role: str, image_set_id: str) -> dict[str, Any]:
     [
         ("target", True),
         ("same_identity", True),
+        ("replace_with", False),
+        ("judge", False),
         ("remember", False),
         ("held_out", False),
         ("attributes", False),
@@ -92,7 +97,9 @@ def test_photos_of_the_forgotten_go_with_their_job(
     assert _erasable(database) == ([image_set] if goes else [])
 
 
-@pytest.mark.parametrize("role", ["target", "same_identity", "remember", "held_out", "attributes", "attribute"])
+@pytest.mark.parametrize(
+    "role", ["target", "same_identity", "remember", "held_out", "attributes", "attribute", "replace_with", "judge"]
+)
 def test_a_set_that_an_open_job_reads_stays(database: Database, caller: Caller, image_set: str, role: str) -> None:
     _job(database, caller, _request("target", image_set), ended=True)
 

@@ -8,28 +8,44 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import BaseModel, ValidationError
 
 from api.schemas import Family
 from models.families import FAMILIES
 from models.images import FITS
+from models.vae import ConditionalVAE
 from services.job_checks import METHODS_OF_FAMILY, SMALLEST_REMEMBER
 from services.jobs import QUEUE_OF_FAMILY
-from services.method_options import METHODS, OPTIONS, ClassRemovalOptions, FlowTamingOptions, SteeringOptions
+from services.method_options import (
+    METHODS,
+    OPTIONS,
+    AmnesiaOptions,
+    ClassRemovalOptions,
+    FlowTamingOptions,
+    SteeringOptions,
+)
 from services.requests import AskedMethod, DebiasRequest, ForgetRequest
+from unlearning.amnesia_parameters import AmnesiaParameters, Mode
+from unlearning.amnesia_parameters import LossTerm as AmnesiaTerm
 from unlearning.errors import ParameterError
 from unlearning.steering_parameters import SteeringParameters
 from unlearning.taming_parameters import Engine, LossTerm, TamingParameters
 from worker.runner import sets
 from worker.runner.base import NOT_THE_METHODS
 
-PAIRS: dict[type[BaseModel], Any] = {FlowTamingOptions: TamingParameters, SteeringOptions: SteeringParameters}
+PAIRS: dict[type[BaseModel], Any] = {
+    FlowTamingOptions: TamingParameters,
+    SteeringOptions: SteeringParameters,
+    AmnesiaOptions: AmnesiaParameters,
+}
+THE_JOBS = {options: {*NOT_THE_METHODS, *(("scope",) if options is AmnesiaOptions else ())} for options in PAIRS}
 SHARED = [
     (options, name)
     for options in PAIRS
-    for name in sorted(options.model_json_schema()["properties"].keys() - set(NOT_THE_METHODS))
+    for name in sorted(options.model_json_schema()["properties"].keys() - THE_JOBS[options])
 ]
-NUMBERS = [(options, name) for options, name in SHARED if name not in ("engine", "without")]
+NUMBERS = [(options, name) for options, name in SHARED if name not in ("engine", "mode", "without")]
 NO_NUMBERS: tuple[object, ...] = (True, False, "4", "", [1], {}, math.nan, math.inf, -math.inf)
 CHECKPOINT, IMAGES = "ckpt_" + "0" * 32, "imgs_" + "0" * 32
 
@@ -72,7 +88,7 @@ def _method_takes(options: type[BaseModel], name: str, value: object) -> bool:
 def test_every_option_is_the_methods_or_known_not_to_be(options: type[BaseModel]) -> None:
     method = {field.name for field in dataclasses.fields(PAIRS[options])}
 
-    assert set(NOT_THE_METHODS) == options.model_fields.keys() - method
+    assert THE_JOBS[options] == options.model_fields.keys() - method
 
 
 def test_every_method_has_its_options() -> None:
@@ -98,6 +114,30 @@ def test_both_know_the_same_engines_and_fits() -> None:
     assert set(_schema(FlowTamingOptions, "fit")["enum"]) == set(FITS)
     for value in (*engines, "slow", "", 1, True):
         assert _option_takes(FlowTamingOptions, "engine", value) == _method_takes(FlowTamingOptions, "engine", value)
+
+
+def test_both_know_the_same_modes_and_the_model_the_same_scopes() -> None:
+    vae = ConditionalVAE((1, 2, 2), n_classes=2, hidden=(2,), latent=1, generator=torch.Generator())
+    modes, scopes = (
+        next(entry["enum"] for entry in _schema(AmnesiaOptions, name)["anyOf"] if "enum" in entry)
+        for name in ("mode", "scope")
+    )
+
+    assert set(modes) == set(get_args(Mode))
+    assert set(scopes) == vae.scopes().keys()
+    for value in (*modes, "slow", "", 1, True):
+        assert _option_takes(AmnesiaOptions, "mode", value) == _method_takes(AmnesiaOptions, "mode", value)
+
+
+def test_both_leave_out_the_same_terms_of_selective_amnesia() -> None:
+    terms = get_args(AmnesiaTerm)
+    subsets = [[t for bit, t in enumerate(terms) if number >> bit & 1] for number in range(2 ** len(terms))]
+    values = [*subsets, ["penalty", "penalty"], ["nil"], "penalty", [1], 1]
+
+    taken = [value for value in values if _option_takes(AmnesiaOptions, "without", value)]
+
+    assert taken == [value for value in values if _method_takes(AmnesiaOptions, "without", value)]
+    assert len(taken) == 4
 
 
 @pytest.mark.parametrize("engine", ["fast", "paper", None])
@@ -143,6 +183,19 @@ def test_the_default_that_the_documentation_names_is_tamings(name: str) -> None:
     assert _schema(FlowTamingOptions, name)["description"].endswith(said)
 
 
+@pytest.mark.parametrize("name", [name for options, name in SHARED if options is AmnesiaOptions])
+def test_the_default_that_the_documentation_names_is_amnesias(name: str) -> None:
+    default, paper = (AmnesiaParameters(mode=mode).to_dict()[name] for mode in get_args(Mode))
+    if name == "mode":
+        said = f"default {AmnesiaParameters().mode}"
+    elif name == "without":
+        said = "default none"
+    else:
+        said = f"default {default:g}" if default == paper else f"default {default:g}, paper {paper:g}"
+
+    assert _schema(AmnesiaOptions, name)["description"].endswith(said)
+
+
 @pytest.mark.parametrize("name", [name for options, name in SHARED if options is SteeringOptions])
 def test_the_default_that_the_documentation_names_is_steerings(name: str) -> None:
     value = getattr(SteeringParameters(), name)
@@ -184,6 +237,30 @@ def test_a_stored_request_is_a_request() -> None:
     ).stored()
 
     assert ForgetRequest.model_validate(stored).stored() == stored
+
+
+def test_method_is_open_until_the_family_of_the_checkpoint_is_known() -> None:
+    said = {"checkpoint": CHECKPOINT, "target": {"class_label": 0}, "parameters": {"max_steps": 3}}
+    request = ForgetRequest.model_validate(said)
+
+    for family, method in (("tarflow", "class-taming"), ("vae", "selective-amnesia")):
+        decided = request.decided(METHODS_OF_FAMILY[family])
+        named = ForgetRequest.model_validate(said | {"method": method}).decided(METHODS_OF_FAMILY[family])
+        stored = decided.stored()
+        assert (decided.method, stored) == (method, named.stored())
+        assert ForgetRequest.model_validate(stored).decided(METHODS_OF_FAMILY[family]).stored() == stored
+    assert request.method == "auto"
+
+
+@pytest.mark.parametrize("replacing", ["noise", {"class_label": 1}, {"images": IMAGES}])
+def test_what_replaces_a_class_is_stored_as_it_came(replacing: Any) -> None:
+    said = {"checkpoint": CHECKPOINT, "target": {"class_label": 0}, "replace_with": replacing}
+
+    stored = ForgetRequest.model_validate(said).decided(METHODS_OF_FAMILY["vae"]).stored()
+
+    assert stored["replace_with"] == replacing
+    assert stored["criteria"].keys() >= {"forgotten_at_most", "others_within"}
+    assert ("replaced_at_least" in stored["criteria"]) == (replacing == {"class_label": 1})
 
 
 def test_what_is_wrong_with_the_target_is_said_before_the_parameters() -> None:

@@ -18,6 +18,7 @@ from unlearning import (
     FisherError,
     InputError,
     ParameterError,
+    average_fisher,
     load_fisher,
     merge_fisher,
     normalise_fisher,
@@ -72,6 +73,52 @@ def test_no_example_counts_twice() -> None:
         merge_fisher([of({"w": torch.ones(2)}), of({"v": torch.ones(2)}, rows=((4, 6),))])
     with pytest.raises(InputError, match="no part"):
         merge_fisher([])
+
+
+def test_sets_of_their_own_average_by_their_numbers_in_any_order() -> None:
+    sets = [
+        of({"w": torch.tensor([value, 0.1])}, replay=name, seed=seed, rows=rows)
+        for value, name, seed, rows in (
+            (1.0, "b", 7, ((0, 1),)),
+            (5.0, "a", 8, ((0, 2), (4, 5))),
+            (9.0, "c", 9, ((0, 4),)),
+        )
+    ]
+
+    found = average_fisher(sets)
+
+    assert found.tensors["w"].tolist() == pytest.approx([(1 + 3 * 5 + 4 * 9) / 8, 0.1])
+    assert found.examples == 8
+    for other in (sets[::-1], [sets[1], sets[0], sets[2]]):
+        again = average_fisher(other)
+        assert again == found
+        assert torch.equal(again.tensors["w"], found.tensors["w"])
+    assert average_fisher(sets[:2]).replay != found.replay
+
+
+def test_an_average_over_parts_of_one_set_is_their_merger() -> None:
+    parts = [computed(MlpVae, 1, rows=rows) for rows in (range(3), range(3, 20))]
+
+    assert far(average_fisher(parts).tensors, merge_fisher(parts).tensors) < EXACT
+
+
+@pytest.mark.parametrize("changes", [{"weights": "x"}, {"draws": 2}, {"reduction": "mean"}, {"plan": "stratified"}])
+def test_sets_of_different_facts_have_no_average(changes: dict[str, Any]) -> None:
+    value = {"w": torch.ones(2)}
+
+    with pytest.raises(FisherError, match=next(iter(changes))):
+        average_fisher([of(value), of(value, **{"replay": "other", **changes})])
+
+
+def test_no_example_of_a_set_counts_twice_in_an_average() -> None:
+    value = {"w": torch.ones(2)}
+
+    with pytest.raises(FisherError, match="rows 0 to 3"):
+        average_fisher([of(value), of(value)])
+    with pytest.raises(FisherError, match="different parameters"):
+        average_fisher([of(value), of({"v": torch.ones(2)}, replay="other")])
+    with pytest.raises(InputError, match="no part"):
+        average_fisher([])
 
 
 def test_a_normalised_one_has_mean_1_whatever_its_scale() -> None:

@@ -31,6 +31,10 @@ def main() -> int:
     if job["resume"]:
         start = json.loads((folder / job["resume"]).read_text())["step"]
     _note(trace, "start", job, start)
+    for name, words in parameters.get("assets", {}).items():
+        path = folder / "assets" / f"{name}.safetensors"
+        path.write_text(words)
+        reporter.asset(path, folder, name=parameters.get("asset_name", name))
     reporter.phase("unlearning")
     total = parameters.get("steps", 20)
     for step in range(start + 1, total + 1):

@@ -121,6 +121,61 @@ def test_a_class_in_the_weights_has_its_images_to_forget(told: Any, jobs: Jobs) 
     assert job["inputs"]["forget"] == _numbered("inputs/forget")
 
 
+def _amnesia(**changes: Any) -> dict[str, Any]:
+    target = {"class_label": 0, "where": "weights"}
+    return {"method": "selective-amnesia", "target": target, "replace_with": "noise"} | changes
+
+
+def test_a_job_of_selective_amnesia_is_told_the_class_alone(told: Any) -> None:
+    criteria = {"forgotten_at_most": 0.05, "others_within": 0.02}
+
+    job = told(_amnesia(), criteria=criteria)
+
+    assert (job["kind"], job["method"], job["target"]) == ("forget", "selective-amnesia", {"class_label": 0})
+    assert (job["replace_with"], job["judge"], job["criteria"]) == ({"noise": True}, None, criteria)
+    assert job["remember"] == {"generated": 64}
+    assert job["inputs"] == {
+        "checkpoint": "inputs/checkpoint.safetensors",
+        "surrogate": [],
+        "fisher": {},
+        "forget": [],
+        "remember": None,
+        "evaluation": {"same_identity": [], "held_out": []},
+    }
+
+
+def test_a_class_is_replaced_by_another_or_by_images(told: Any, jobs: Jobs) -> None:
+    another = told(_amnesia(replace_with={"class_label": 1}))
+    images = told(_amnesia(replace_with={"images": jobs.image_set()}))
+
+    assert (another["replace_with"], another["inputs"]["surrogate"]) == ({"class_label": 1}, [])
+    assert images["replace_with"] == {"images": True}
+    assert images["inputs"]["surrogate"] == _numbered("inputs/surrogate")
+
+
+def test_a_judge_of_labels_is_told_in_their_order(told: Any, jobs: Jobs) -> None:
+    sets = {str(label): jobs.image_set() for label in reversed(range(12))}
+
+    by_sets = told(_amnesia(judge={"sets": sets}))
+    by_classifier = told(_amnesia(judge={"classifier": jobs.classifier()}))
+
+    assert list(by_sets["judge"]["sets"]) == [str(label) for label in range(12)]
+    assert by_classifier["judge"]["classes"] == ["smiling", "other"]
+    assert by_classifier["digests"]["classifier_0"] == by_classifier["judge"]["sha256"]
+
+
+def test_expired_images_that_replace_a_class_fail_the_job_in_their_place(supervisor: Supervisor, jobs: Jobs) -> None:
+    images = jobs.image_set()
+    job_id = jobs.queue(asked=_amnesia(replace_with={"images": images}))
+    with jobs.database.transaction() as session:
+        row = session.get_one(ImageSet, images)
+        row.erased_at = row.expires_at
+
+    assert supervisor.run(job_id) == "failed"
+
+    assert (jobs.row(job_id).problem or {})["errors"][0]["pointer"] == "/replace_with/images"
+
+
 def test_a_job_that_debias_is_told_the_distribution(told: Any, jobs: Jobs) -> None:
     wanted = {"target_distribution": {"smiling": 0.5, "other": 0.5}, "tolerance": 0.03, "confidence": 0.95}
     held_out = {"evaluation": {"sample_grid": True, "held_out": {"images": jobs.image_set()}}}

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 from evidence.errors import ClassifierFileError, ClassifierOutputError, ClassifierShapeError
 from evidence.onnx_model import OnnxModel, OnnxSpec
 from tests.worker.helpers import PATIENCE_SECONDS, ROOT
-from tests.worker.judges import SIDE, write_brightness
+from tests.worker.judges import SIDE, write_bands, write_brightness
 from tests.worker.runs import Bench, tiny
 from worker.runner.base import load_base
 from worker.runner.contract import ExitCode
@@ -178,6 +178,28 @@ def test_answers_are_those_of_the_model_itself_at_any_number(path: Path) -> None
 
     for n in (0, 1, IMAGES_AT_ONCE + 3):
         assert np.array_equal(model.labels(images(n)), bare.labels(images(n)))
+
+
+def test_probabilities_are_those_of_the_model_itself_at_any_number(tmp_path: Path) -> None:
+    told = write_bands(tmp_path / "classifiers" / "0.onnx", side=SIDE, classes=4)
+    classes = ("a", "b", "c", "d", "nothing")
+    spec = OnnxSpec(classes, channels=1, size=SIDE, name=told["name"])
+    path = tmp_path / "classifiers" / "0.onnx"
+    model, bare = JudgeProcess(path.parent).open(path, spec, SHAPE), OnnxModel(path, spec, SHAPE)
+
+    for n in (0, 1, IMAGES_AT_ONCE + 3):
+        found = model.probabilities(images(n))
+        assert found.shape == (n, len(classes))
+        assert np.array_equal(found, bare.probabilities(images(n)))
+        assert np.array_equal(found.argmax(1), bare.labels(images(n)))
+
+
+def test_a_score_has_no_probabilities(path: Path) -> None:
+    model = walled(path)
+
+    with pytest.raises(ClassifierOutputError, match="no probabilities"):
+        model.probabilities(images(3))
+    assert len(model.labels(images(3))) == 3  # and is asked on
 
 
 @LINUX

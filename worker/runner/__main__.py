@@ -26,6 +26,7 @@ METHODS = {
     "steering": "worker.runner.steer",
     "class-removal": "worker.runner.classes",
     "class-taming": "worker.runner.classes",
+    "selective-amnesia": "worker.runner.amnesia",
 }
 KINDS = {"forget": "worker.runner.forget", "debias": "worker.runner.steer", "import": "worker.runner.imports"}
 

@@ -16,7 +16,7 @@ from evidence.pictures import sample_grid
 from evidence.report import RunFacts
 from models.checkpoints import read_manifest, save_checkpoint
 from models.protocol import Flow
-from worker.runner.base import Base
+from worker.runner.base import Base, Origin
 
 __all__ = ["TAMED", "Work", "run_facts", "sample_picture", "save_tamed", "write_artifacts"]
 
@@ -41,7 +41,7 @@ class Work:
     that it was among them."""
 
 
-def save_tamed(flow: nn.Module, work: Work, job: Mapping[str, Any], base: Base, folder: Path) -> str:
+def save_tamed(model: nn.Module, work: Work, job: Mapping[str, Any], base: Origin, folder: Path) -> str:
     """Write the tamed checkpoint, which names its base and the job; its SHA-256."""
     path = folder / "outputs" / TAMED
     manifest = read_manifest(base.path)
@@ -51,13 +51,13 @@ def save_tamed(flow: nn.Module, work: Work, job: Mapping[str, Any], base: Base, 
         "engine": work.engine,
         "base_tensor_digest": manifest.tensor_digest,
     }
-    save_checkpoint(path, flow, extra={**manifest.extra, "tamed": tamed})
+    save_checkpoint(path, model, extra={**manifest.extra, "tamed": tamed})
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def run_facts(
-    job: Mapping[str, Any], base: Base, work: Work, *, tamed_sha256: str, seconds: Mapping[str, float], **more: Any
+    job: Mapping[str, Any], base: Origin, work: Work, *, tamed_sha256: str, seconds: Mapping[str, float], **more: Any
 ) -> RunFacts:
     """What the measures cannot know; `more` goes into `RunFacts` as it is."""
     losses: dict[str, list[tuple[int, float]]] = {}

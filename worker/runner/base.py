@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,47 @@ from models.protocol import CheckpointedFlow, Flow
 from unlearning import ParameterError
 from worker.runner.problems import UserError
 
-__all__ = ["NOT_THE_METHODS", "Base", "check_likelihoods", "first_samples", "load_base", "parameters_of"]
+__all__ = [
+    "NOT_THE_METHODS",
+    "Base",
+    "Origin",
+    "check_likelihoods",
+    "exact_device",
+    "first_samples",
+    "load_base",
+    "micro_batch_of",
+    "parameters_of",
+]
 
 NOT_THE_METHODS = ("fit", "micro_batch")  # parameters of the job that the method does not know
 MICRO_BATCH_PIXELS = 2**17  # 128 images of 32 x 32, 8 of 128 x 128
 LOOKED_AT = 8  # images whose likelihood is asked for before the work
 
 P = TypeVar("P")
+
+
+class Origin(Protocol):
+    """What a job starts from, whatever kind of model it is."""
+
+    @property
+    def path(self) -> Path:
+        """Of its file."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """That it is on."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of its images."""
+        ...
+
+    @property
+    def n_bits(self) -> int:
+        """Colour depth of its images, in bits a channel."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,18 +100,25 @@ def load_base(job: Mapping[str, Any], folder: Path) -> Base:
     Raises:
         UserError: the file cannot be used.
     """
-    # Likelihoods are differences of large numbers: no TF32 in them.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = exact_device()
     path = folder / job["inputs"]["checkpoint"]
     try:
         flow = load_flow(path, device)
     except ModelError as error:
         raise UserError("checkpoint-refused", "The checkpoint cannot be used", str(error)) from error
-    # What an out-of-memory retry halves, and what the caller may bound.
-    pixels = math.prod(flow.image_shape[1:])
-    limit: int = job["parameters"].get("micro_batch") or max(1, MICRO_BATCH_PIXELS // pixels)
-    return Base(flow, path, device, max(1, limit // job.get("micro_batch_divisor", 1)))
+    return Base(flow, path, device, micro_batch_of(job, flow.image_shape))
+
+
+def exact_device() -> torch.device:
+    """The accelerator where there is one: without TF32, since likelihoods are differences of large numbers."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def micro_batch_of(job: Mapping[str, Any], image_shape: tuple[int, int, int]) -> int:
+    """Images that may pass through the model at once: the caller may bound it, an out-of-memory retry halves it."""
+    limit = job["parameters"].get("micro_batch") or max(1, MICRO_BATCH_PIXELS // math.prod(image_shape[1:]))
+    return max(1, int(limit) // int(job.get("micro_batch_divisor", 1)))
 
 
 def parameters_of(job: Mapping[str, Any], build: Callable[[dict[str, Any]], P]) -> P:

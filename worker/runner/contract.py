@@ -92,6 +92,10 @@ class Reporter:
         """A state that the next attempt can start from has been written, whole."""
         self._say({"type": "state", "path": str(path.relative_to(folder)), "step": step})
 
+    def asset(self, path: Path, folder: Path, *, name: str) -> None:
+        """A file that later jobs on this checkpoint can start from has been written, whole; it keeps its name."""
+        self._say({"type": "asset", "path": str(path.relative_to(folder)), "name": name})
+
     def result(self, outcome: str, artifacts: list[dict[str, str]], summary: dict[str, Any]) -> None:
         """The last word of a run that came to its end."""
         self._say({"type": "result", "outcome": outcome, "artifacts": artifacts, "summary": summary})

@@ -21,6 +21,7 @@ __all__ = ["Images", "Reader"]
 POINTERS = {
     "target": "/target/images",
     "remember": "/remember/images",
+    "surrogate": "/replace_with/images",
     "same_identity": "/evaluation/same_identity/images",
     "held_out": "/evaluation/held_out/images",
 }

@@ -7,7 +7,8 @@ NumPy and the runtime may start threads when they are imported, and a thread tha
 
 Frames both ways: a big-endian length, then that many bytes. Out, at first: a JSON object, the walls. In: a JSON object
 with a file to open, or with the number of an open one and the length of the frame of images that follows, uint8
-(n, c, h, w). Out: a JSON object, and for images that were judged a frame of n labels, int64.
+(n, c, h, w). Out: a JSON object, and for images that were judged a frame of n labels, int64, or of their probabilities,
+float64 (n, k), where the message asked for these.
 """
 
 from __future__ import annotations

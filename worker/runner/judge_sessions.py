@@ -32,7 +32,7 @@ class Sessions:
         if "open" in message:
             return self._open(message["open"])
         data = read_frame(incoming, message["bytes"])
-        return [] if data is None else self._judge(message["judge"], data)
+        return [] if data is None else self._judge(message["judge"], data, bool(message.get("probabilities")))
 
     def _open(self, told: Mapping[str, Any]) -> list[bytes]:
         shape: tuple[int, int, int] = tuple(told["image_shape"])
@@ -42,13 +42,15 @@ class Sessions:
             return [_refusal(error, told["spec"]["name"])]
         return [b"{}"]
 
-    def _judge(self, number: int, data: bytes) -> list[bytes]:
+    def _judge(self, number: int, data: bytes, probabilities: bool) -> list[bytes]:
         model, shape = self._opened[number]
+        images = np.frombuffer(data, dtype=np.uint8).reshape(-1, *shape)
         try:
-            labels = model.labels(np.frombuffer(data, dtype=np.uint8).reshape(-1, *shape))
+            if probabilities:
+                return [b"{}", model.probabilities(images).astype("<f8").tobytes()]
+            return [b"{}", model.labels(images).astype("<i8").tobytes()]
         except (ClassifierError, MemoryError) as error:
             return [_refusal(error, model.name)]
-        return [b"{}", labels.astype("<i8").tobytes()]
 
 
 def _spec_of(told: Mapping[str, Any]) -> OnnxSpec:

@@ -23,13 +23,14 @@ from evidence.errors import (
 from evidence.fractions import Bound
 from evidence.likelihood import derive_seed
 from evidence.onnx_model import OnnxSpec
+from evidence.readings import Probabilistic
 from evidence.steering_records import FractionBounds
-from worker.runner.base import Base
+from worker.runner.base import Origin
 from worker.runner.images import Reader
 from worker.runner.problems import UserError
 from worker.runner.walled_model import IMAGES_AT_ONCE, JudgeProcess, WalledModel
 
-__all__ = ["Judge", "Wanted", "refused_by_judge", "wanted_of"]
+__all__ = ["Judge", "Wanted", "judge_of", "refused_by_judge", "wanted_of"]
 
 
 class Judge:
@@ -44,12 +45,18 @@ class Judge:
         self.name, self.classes = classifier.name, classifier.classes
         # Of a trained judge: the report states it.
         self.accuracy = classifier.accuracy if isinstance(classifier, TrainedClassifier) else None
+        self.threshold = classifier.threshold if isinstance(classifier, Probabilistic) else 0.5
         self._classifier, self._pointer = classifier, pointer
 
     def __call__(self, images: Tensor) -> Tensor:
         """Labels (n,) int64 of images (n, c, h, w) uint8."""
         with refused_by_judge(self._pointer):
             return self._classifier(images)
+
+    def probabilities(self, images: Tensor) -> Tensor | None:
+        """See `evidence.readings.Probabilistic`."""
+        with refused_by_judge(self._pointer):
+            return self._classifier.probabilities(images) if isinstance(self._classifier, Probabilistic) else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Wanted:
 
 
 def wanted_of(
-    job: Mapping[str, Any], folder: Path, reader: Reader, base: Base, *, on_batch: Callable[[], None] = lambda: None
+    job: Mapping[str, Any], folder: Path, reader: Reader, base: Origin, *, on_batch: Callable[[], None] = lambda: None
 ) -> list[Wanted]:
     """What a job asks of samples, judge by judge: bounds that name the same judge are put to it together.
 
@@ -98,6 +105,24 @@ def wanted_of(
     for number, attribute in enumerate(job["target"]["attributes"]):
         groups.setdefault(json.dumps(attribute["judge"], sort_keys=True), []).append(number)
     return [_attributes(job, bench, numbers) for numbers in groups.values()]
+
+
+def judge_of(
+    spec: Mapping[str, Any],
+    pointer: str,
+    job: Mapping[str, Any],
+    folder: Path,
+    reader: Reader,
+    base: Origin,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Judge:
+    """The one judge that a request names at `pointer`; the other arguments are those of `wanted_of`.
+
+    Raises:
+        UserError: it cannot judge this model, or its sets are too small.
+    """
+    return _Bench(job, folder, reader, base, on_batch).judge(spec, pointer)
 
 
 @contextmanager
@@ -124,6 +149,7 @@ class _Walled:
 
     def __init__(self, model: WalledModel, image_shape: tuple[int, int, int]) -> None:
         self.name, self.classes, self._image_shape = model.name, model.classes, image_shape
+        self.threshold = model.spec.threshold
         self._model = model
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -131,12 +157,19 @@ class _Walled:
         check_size(self.name, self._image_shape, images)
         return torch.from_numpy(self._model.labels(images.cpu().numpy()))
 
+    def probabilities(self, images: Tensor) -> Tensor | None:
+        """See `evidence.readings.Probabilistic`; a score is none."""
+        check_size(self.name, self._image_shape, images)
+        if self._model.spec.output == "score":
+            return None
+        return torch.from_numpy(self._model.probabilities(images.cpu().numpy()))
+
 
 class _Bench:
     """Makes the judges of one job, each with a name of its own."""
 
     def __init__(
-        self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Base, on_batch: Callable[[], None]
+        self, job: Mapping[str, Any], folder: Path, reader: Reader, base: Origin, on_batch: Callable[[], None]
     ) -> None:
         self._seed, self._folder, self._reader, self._base = job["seed"], folder, reader, base
         # What ran out of memory is tried again in smaller batches, which judges may need as much as the flow.

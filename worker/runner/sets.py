@@ -12,7 +12,7 @@ from torch import Tensor
 import unlearning
 from evidence.likelihood import derive_seed
 from evidence.records import RememberSource
-from worker.runner.base import Base
+from worker.runner.base import Base, Origin
 from worker.runner.images import Images, Reader
 from worker.runner.problems import UserError
 
@@ -39,8 +39,8 @@ class Remember:
         return self.images[[row for row in range(len(self.images)) if row not in dropped]]
 
 
-def reader_of(job: Mapping[str, Any], folder: Path, base: Base) -> Reader:
-    """Reads this job's images at the size of its flow."""
+def reader_of(job: Mapping[str, Any], folder: Path, base: Origin) -> Reader:
+    """Reads this job's images at the size of its model."""
     channels, size, _ = base.image_shape
     return Reader(folder, image_size=size, channels=channels, fit=job["parameters"].get("fit") or "crop")
 

@@ -117,17 +117,31 @@ class JudgeProcess:
 
         Each batch has its deadline, and all of them together have `Deadlines.of(n)`.
         """
-        end, parts = time.monotonic() + self._deadlines.of(len(images)), [np.zeros(0, dtype=np.int64)]
+        told = self._judged(judge, name, images, {}, values=1)
+        return np.concatenate([np.frombuffer(one, dtype="<i8").astype(np.int64) for one in told] or [np.zeros(0, int)])
+
+    def probabilities(
+        self, judge: int, name: str, images: npt.NDArray[np.uint8], classes: int
+    ) -> npt.NDArray[np.float64]:
+        """All probabilities (n * classes,) likewise, row by row."""
+        told = self._judged(judge, name, images, {"probabilities": True}, values=classes)
+        return np.concatenate([np.frombuffer(one, dtype="<f8").astype(np.float64) for one in told] or [np.zeros(0)])
+
+    def _judged(
+        self, judge: int, name: str, images: npt.NDArray[np.uint8], asked: Mapping[str, Any], *, values: int
+    ) -> Iterator[bytes]:
+        """The answer to each batch, numbers of eight bytes, `values` of them an image at most."""
+        end = time.monotonic() + self._deadlines.of(len(images))
         for start in range(0, len(images), self._at_once):
             batch = images[start : start + self._at_once]
             seconds, left = self._deadlines.of(len(batch)), end - time.monotonic()
             n = len(batch) if seconds < left else len(images)
             late = f"to {n} images within {self._deadlines.of(n):g} s"
             data = batch.tobytes()
-            told = self._asked(name, {"judge": judge, "bytes": len(data)}, data, min(seconds, left), late)
-            parts.append(np.frombuffer(told[: len(told) // 8 * 8], dtype="<i8").astype(np.int64))
+            message = {"judge": judge, "bytes": len(data), **asked}
+            told = self._asked(name, message, data, min(seconds, left), late, values)
+            yield told[: len(told) // 8 * 8]
             self._on_batch()
-        return np.concatenate(parts)
 
     def close(self) -> None:
         """End the process."""
@@ -143,14 +157,19 @@ class JudgeProcess:
         walls: list[str] = reply["walls"]
         return walls
 
-    def _asked(self, name: str, message: Mapping[str, Any], data: bytes | None, seconds: float, late: str) -> bytes:
-        """The frame that answers data; empty for a message without. Ends the process unless all came in time."""
+    def _asked(
+        self, name: str, message: Mapping[str, Any], data: bytes | None, seconds: float, late: str, values: int = 1
+    ) -> bytes:
+        """The frame that answers data, so many numbers an image at most; empty for a message without data.
+
+        Ends the process unless all came in time.
+        """
         if not self._ended.alive:
             raise ClassifierOutputError(f"the classifier {name} could not be run: its process was ended before")
         with self._watched(seconds) as watch:
             reply, answer = self._exchanged(message, data), b"" if data is None else None
             if data is not None and reply is not None and "refused" not in reply:
-                answer = read_frame(_pipe(self._process.stdout), 8 * IMAGES_AT_ONCE)
+                answer = read_frame(_pipe(self._process.stdout), 8 * values * IMAGES_AT_ONCE)
         if watch.bit:
             self.close()
             raise ClassifierOutputError(f"the classifier {name} did not answer {late}; use a faster one")
@@ -210,7 +229,7 @@ class WalledModel:
     """
 
     def __init__(self, process: JudgeProcess, number: int, spec: OnnxSpec) -> None:
-        self.name, self.classes = spec.name, spec.classes
+        self.name, self.classes, self.spec = spec.name, spec.classes, spec
         self._process, self._number = process, number
 
     def labels(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -225,6 +244,14 @@ class WalledModel:
         if len(labels) != len(images) or not ((labels >= 0) & (labels < len(self.classes))).all():
             raise ClassifierOutputError(f"the classifier {self.name} gives labels that are none of its classes")
         return labels
+
+    def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Probabilities (n, k) of images (n, c, h, w); refusals are those of `labels`."""
+        n, k = len(images), len(self.classes)
+        found = self._process.probabilities(self._number, self.name, images, k)
+        if found.size != n * k or not ((found >= 0) & (found <= 1)).all():
+            raise ClassifierOutputError(f"the classifier {self.name} gives probabilities that are none")
+        return found.reshape(n, k)
 
 
 class _Watch:

@@ -1,0 +1,400 @@
+"""Selective Amnesia through the runner: a class of a small VAE forgotten, replaced, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from evidence.amnesia_schema import AmnesiaReport
+from models.checkpoints import load_conditional, read_manifest, save_checkpoint
+from models.vae import ConditionalVAE
+from tests.unlearning.tiny_conditional import stripes, trained_vae
+from tests.worker.judges import write_bands
+from tests.worker.runs import Bench, Ended, one_thread, tiny
+
+FORGOTTEN, OTHER = 0, 1
+QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
+CRITERIA = {"forgotten_at_most": 0.1, "others_within": 0.05}
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE that draws three classes of stripes."""
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    with one_thread():
+        save_checkpoint(path, trained_vae())
+    return path
+
+
+Amnesia = Callable[..., Bench]
+
+
+@pytest.fixture
+def amnesia(base_file: Path) -> Amnesia:
+    """A job on it, judged by a file from the store unless a test changes that."""
+
+    def amnesia(folder: Path, base: Any = None, **job: Any) -> Bench:
+        bench = Bench(folder, base or base_file)
+        bench.job.update(
+            method="selective-amnesia",
+            target={"class_label": FORGOTTEN},
+            replace_with={"noise": True},
+            judge=write_bands(folder / "inputs" / "classifiers" / "0.onnx"),
+            criteria=CRITERIA,
+            parameters=QUICK,
+            remember={"generated": 600},
+        )
+        bench.job.update(job)
+        bench.job["inputs"].update(surrogate=[], fisher={})
+        return bench
+
+    return amnesia
+
+
+def _phases(ended: Ended) -> list[str]:
+    return [message["phase"] for message in ended.messages if message["type"] == "phase"]
+
+
+def _assets(bench: Bench, ended: Ended) -> dict[str, Path]:
+    """What the run announced, by name."""
+    return {one["name"]: bench.folder / one["path"] for one in ended.messages if one["type"] == "asset"}
+
+
+def _given(bench: Bench, assets: dict[str, Path]) -> Bench:
+    """Put assets into the inputs of a later job."""
+    folder = bench.folder / "inputs" / "fisher"
+    folder.mkdir(parents=True)
+    for name, path in assets.items():
+        shutil.copy(path, folder / f"{name}.safetensors")
+    bench.job["inputs"]["fisher"] = {name: f"inputs/fisher/{name}.safetensors" for name in assets}
+    return bench
+
+
+def _criteria(bench: Bench) -> dict[str, bool]:
+    return {one["name"]: one["met"] for one in bench.report()["verdict"]["criteria"]}
+
+
+def test_a_class_is_forgotten_and_the_report_shows_it_with_intervals(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, evaluation={"sample_grid": True})
+
+    ended = bench.run_here()
+
+    report, summary = bench.report(), ended.result["summary"]
+    rows = {row["label"]: row for row in report["shares"]}
+    assert ended.result["outcome"] == "succeeded"
+    assert _phases(ended) == ["fisher", "unlearning", "evaluating"]
+    assert rows["top"]["before"]["low"] > 0.9
+    assert rows["top"]["after"]["high"] <= CRITERIA["forgotten_at_most"]
+    assert report["before"]["probability"]["low"] > 0.9 > 0.1 > report["after"]["probability"]["high"]
+    assert _criteria(bench) == {"forgotten": True, "others_stayed": True}
+    assert report["drop"]["upper"] <= CRITERIA["others_within"]
+    assert summary["forgotten_after"] == pytest.approx(rows["top"]["after"]["value"], abs=1e-5)
+    assert {one["name"] for one in ended.result["artifacts"]} == {
+        "tamed.safetensors", "report.json", "report.html", "samples.png",
+    }  # fmt: skip
+    page = (tmp_path / "outputs" / "report.html").read_text()
+    assert report["verdict"]["sentence"] in page
+
+
+def test_the_tamed_checkpoint_loads_and_names_its_base(amnesia: Amnesia, base_file: Path, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path)
+    bench.job["parameters"] = {**QUICK, "max_steps": 5}
+
+    bench.run_here()
+
+    path = tmp_path / "outputs" / "tamed.safetensors"
+    tamed = read_manifest(path).extra["tamed"]
+    assert isinstance(load_conditional(path), ConditionalVAE)
+    assert tamed["method"] == "selective-amnesia"
+    assert tamed["base_tensor_digest"] == read_manifest(base_file).tensor_digest
+
+
+def test_a_class_becomes_another(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, replace_with={"class_label": OTHER}, criteria={**CRITERIA, "replaced_at_least": 0.9})
+
+    ended = bench.run_here()
+
+    rows = {row["label"]: row for row in bench.report()["shares"]}
+    assert ended.result["outcome"] == "succeeded"
+    assert rows["middle"]["after"]["low"] >= 0.9
+    assert ended.result["summary"]["replaced_after"] == pytest.approx(rows["middle"]["after"]["value"], abs=1e-5)
+    assert [curve["label"] for curve in bench.report()["curves"]] == ["top", "middle"]
+
+
+def test_a_class_becomes_the_images_that_were_sent(amnesia: Amnesia, tmp_path: Path) -> None:
+    images, labels = stripes(120, 5)
+    bench = amnesia(tmp_path, replace_with={"images": True})
+    bench.job["inputs"]["surrogate"] = bench.images("surrogate", images[labels == 2])
+
+    result = bench.run_here().result
+
+    rows = {row["label"]: row for row in bench.report()["shares"]}
+    assert result["outcome"] == "succeeded"
+    assert rows["bottom"]["after"]["value"] > 0.9
+    assert bench.report()["replacement"] == "images of the caller's"
+
+
+def test_a_judge_trained_on_the_bases_samples_says_so(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, judge=None, replace_with={"class_label": OTHER})
+
+    result = bench.run_here().result
+
+    judge = bench.report()["judge"]
+    assert result["outcome"] == "succeeded"
+    assert judge["independent"] is False
+    assert judge["accuracy"]["low"] > 0.9
+    assert judge["classes"] == ["0", "1", "2"]
+    assert "not independent" in " ".join(bench.report()["notes"])
+
+
+def test_where_noise_replaces_a_class_nothing_is_recognised_any_more(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, judge=None)
+
+    result = bench.run_here().result
+
+    after = bench.report()["after"]
+    assert result["outcome"] == "succeeded"
+    assert after["unrecognisable"]["value"] > 0.8
+    assert after["entropy"]["value"] > 0.8 * math.log(3)
+    assert not any("faint" in note for note in bench.report()["notes"])
+
+
+def test_of_noise_judged_by_a_file_the_report_says_what_that_may_miss(amnesia: Amnesia, tmp_path: Path) -> None:
+    notes = []
+    for name, replacement in (("noise", {"noise": True}), ("class", {"class_label": OTHER})):
+        bench = amnesia(tmp_path / name, replace_with=replacement)
+        bench.job["parameters"] = {**QUICK, "max_steps": 2}
+        bench.run_here()
+        notes.append(any("faint" in note for note in bench.report()["notes"]))
+
+    assert notes == [True, False]
+
+
+def test_what_one_job_computed_spares_the_next(amnesia: Amnesia, tmp_path: Path) -> None:
+    first = amnesia(tmp_path / "first")
+    first.job["parameters"] = {**QUICK, "max_steps": 5}
+    again = amnesia(tmp_path / "again", target={"class_label": 1}, seed=8)
+    again.job["parameters"] = {**QUICK, "max_steps": 5}
+
+    assets = _assets(first, first.run_here())
+    ended = _given(again, assets).run_here()
+
+    assert len(assets) == 3
+    assert "fisher" not in _phases(ended)
+    assert _assets(again, ended) == {}
+    digests = [bench.report()["provenance"]["digests"] for bench in (first, again)]
+    assert {digests[0][f"fisher/{label}"] for label in range(3)} == set(assets)
+    assert digests[0]["fisher/2"] == digests[1]["fisher/2"]
+
+
+def test_reused_information_gives_the_same_bits(amnesia: Amnesia, tmp_path: Path) -> None:
+    benches = [amnesia(tmp_path / name, seed=4) for name in ("computed", "given")]
+    for bench in benches:
+        bench.job["parameters"] = {**QUICK, "max_steps": 20}
+
+    with one_thread():
+        _given(benches[1], _assets(benches[0], benches[0].run_here())).run_here()
+
+    assert benches[0].digest() == benches[1].digest()
+
+
+def test_information_of_another_model_or_class_is_computed_anew(
+    amnesia: Amnesia, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    save_checkpoint(foreign, trained_vae(steps=400))
+    other, first, bench = (amnesia(tmp_path / name) for name in ("other", "first", "bench"))
+    shutil.copy(foreign, other.folder / "inputs" / "checkpoint.safetensors")
+    for one in (other, first, bench):
+        one.job["parameters"] = {**QUICK, "max_steps": 2}
+    theirs, ours = _assets(other, other.run_here()), _assets(first, first.run_here())
+    names = list(ours)
+    swapped = {names[0]: next(iter(theirs.values())), names[1]: ours[names[2]], names[2]: tmp_path / "none"}
+    (tmp_path / "none").write_bytes(b"no tensors")
+
+    ended = _given(bench, swapped).run_here()
+
+    assert set(names).isdisjoint(theirs)
+    assert set(_assets(bench, ended)) == set(names)
+    assert bench.digest() == first.digest()
+    assert capfd.readouterr().err.count("computed anew") == 3
+
+
+def test_without_steps_enough_the_criteria_are_missed_and_the_sentence_says_by_how_much(
+    amnesia: Amnesia, tmp_path: Path
+) -> None:
+    bench = amnesia(tmp_path)
+    bench.job["parameters"] = {**QUICK, "max_steps": 3}
+
+    result = bench.run_here().result
+
+    assert result["outcome"] == "criteria_not_met"
+    assert result["summary"]["verdict"].startswith("The criteria were not met (forgotten)")
+    assert result["summary"]["forgotten_after"] > 0.9
+    assert _criteria(bench)["forgotten"] is False
+
+
+def test_without_replay_and_penalty_it_is_the_others_that_are_missed(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, replace_with={"class_label": OTHER})
+    bench.job["parameters"] = {
+        "max_steps": 300, "check_every": 300, "batch": 64, "learning_rate": 2e-2, "clip": 1000.0,
+        "without": ["replay", "penalty"],
+    }  # fmt: skip
+
+    result = bench.run_here().result
+
+    assert result["outcome"] == "criteria_not_met"
+    assert _criteria(bench)["others_stayed"] is False
+    assert result["summary"]["others_drop"] > CRITERIA["others_within"]
+
+
+def _changed(**changes: Any) -> Callable[[Bench], None]:
+    return lambda bench: bench.job.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "pointer"),
+    [
+        (_changed(target={"class_label": 3}), "invalid-request", "/target/class_label"),
+        (_changed(target={"class_label": -1}), "invalid-request", "/target/class_label"),
+        (_changed(replace_with={"class_label": FORGOTTEN}), "invalid-request", "/replace_with/class_label"),
+        (_changed(replace_with={"class_label": 7}), "invalid-request", "/replace_with/class_label"),
+        (_changed(parameters={"scope": "cross-attention"}), "invalid-parameter", "/parameters/scope"),
+        (_changed(parameters={"strength": -1}), "invalid-parameter", "/parameters/strength"),
+        (_changed(criteria={"replaced_at_least": 0.9}), "invalid-request", "/criteria/replaced_at_least"),
+        (_changed(criteria={"forgotten_at_most": 0.0}), "invalid-request", "/criteria"),
+        (_changed(criteria={"forgotten_at_most": 1e-7}), "insufficient-evidence", None),
+        (_changed(remember={"generated": 3}), "remember-set-too-small", "/remember/generated"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_its_place(
+    change: Callable[[Bench], None], problem: str, pointer: str | None, amnesia: Amnesia, tmp_path: Path
+) -> None:
+    bench = amnesia(tmp_path)
+    change(bench)
+
+    ended = bench.run_here()
+
+    assert ended.problem["type"] == f"urn:forgetd:problem:{problem}"
+    assert [one["pointer"] for one in ended.problem.get("errors", [])] == ([] if pointer is None else [pointer])
+    assert _phases(ended) == []
+
+
+def test_a_flow_is_refused(amnesia: Amnesia, tmp_path: Path) -> None:
+    problem = amnesia(tmp_path, tiny("glow")).run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:checkpoint-refused"
+    assert "'glow'" in problem["detail"]
+    assert "vae" in problem["detail"]
+
+
+def test_a_judge_of_fewer_classes_than_the_model_is_refused(amnesia: Amnesia, tmp_path: Path) -> None:
+    images, labels = stripes(120, 5)
+    bench = amnesia(tmp_path)
+    sets = {name: bench.images(f"sets/{name}", images[labels == label]) for label, name in enumerate(("a", "b"))}
+    bench.job["judge"] = {"sets": sets}
+
+    problem = bench.run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:invalid-request"
+    assert problem["errors"][0]["pointer"] == "/judge"
+
+
+def test_a_judge_that_does_not_see_what_is_to_be_forgotten_is_refused_with_the_figures(
+    amnesia: Amnesia, tmp_path: Path
+) -> None:
+    images, labels = stripes(240, 5)
+    bench = amnesia(tmp_path)
+    order = ("bottom", 2), ("middle", 1), ("top", 0)  # not that of the labels
+    bench.job["judge"] = {
+        "sets": {name: bench.images(f"sets/{name}", images[labels == label]) for name, label in order}
+    }
+
+    problem = bench.run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:insufficient-evidence"
+    assert (problem["given"], problem["measured"]) == (400, 0.0)
+    assert "“bottom”" in problem["detail"]
+
+
+def test_a_replacement_that_the_judge_hardly_sees_is_out_of_reach(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, replace_with={"class_label": OTHER}, criteria={**CRITERIA, "replaced_at_least": 0.9})
+    bench.job["judge"] = write_bands(tmp_path / "inputs" / "classifiers" / "0.onnx", blind=OTHER)
+
+    problem = bench.run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:target-unreachable"
+    assert (problem["class"], problem["measured"], problem["samples"]) == ("middle", 0.0, 400)
+    assert problem["errors"][0]["pointer"] == "/criteria/replaced_at_least"
+
+
+def test_a_model_whose_loss_is_no_number_is_refused(amnesia: Amnesia, tmp_path: Path) -> None:
+    model = trained_vae(steps=1)
+    with torch.no_grad():
+        cast(torch.nn.Linear, model.encoder[0]).weight.fill_(1e38)
+
+    problem = amnesia(tmp_path, model).run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:checkpoint-refused"
+    assert "not finite" in problem["detail"] or "NaN" in problem["detail"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(
+    number: int, status: int, amnesia: Amnesia, tmp_path: Path
+) -> None:
+    undisturbed, stopped = amnesia(tmp_path / "undisturbed"), amnesia(tmp_path / "stopped")
+    for bench in (undisturbed, stopped):
+        bench.job["parameters"] = {**QUICK, "max_steps": 60}
+        bench.job["criteria"] = {"forgotten_at_most": 0.01, "others_within": 0.05}
+
+    def stop_at_a_state(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+        if message["type"] == "state" and message["step"] >= 12:
+            os.kill(process.pid, number)
+
+    with one_thread():
+        undisturbed.run_here()
+    ended = stopped.run(during=stop_at_a_state)
+    stopped.resume_from(max((tmp_path / "stopped" / "state").glob("*.safetensors")))
+    with one_thread():
+        stopped.run_here()
+
+    report = stopped.report()
+    assert ended.status == status
+    assert report["provenance"]["resumed_from_step"] >= 12
+    assert stopped.digest() == undisturbed.digest()
+    assert report["shares"] == undisturbed.report()["shares"]
+
+
+def test_the_papers_mode_uses_the_information_of_all_classes(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path)
+    bench.job["parameters"] = {"mode": "paper", "max_steps": 3, "scope": "decoder"}
+
+    bench.run_here()
+
+    parameters = {one["name"]: one["value"] for one in bench.report()["provenance"]["parameters"]}
+    assert (parameters["mode"], parameters["strength"], parameters["scope"]) == ("paper", 100.0, "decoder")
+    files = ("inputs/checkpoint.safetensors", "outputs/tamed.safetensors")
+    base, tamed = (load_conditional(tmp_path / name) for name in files)
+    before, after = (cast(ConditionalVAE, one).state_dict() for one in (base, tamed))
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
+
+
+def test_the_report_fits_its_schema(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path)
+    bench.job["parameters"] = {**QUICK, "max_steps": 2}
+
+    bench.run_here()
+
+    text = json.dumps(bench.report())
+    assert AmnesiaReport.from_json(text).forgotten == "top"

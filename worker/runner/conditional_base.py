@@ -1,0 +1,120 @@
+"""The conditional model that a job starts from: loaded, tried before any work is done, and what is drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from evidence.amnesia_evaluation import labels_in_turn, samples_of
+from evidence.likelihood import derive_seed
+from models.checkpoints import load_conditional, read_manifest
+from models.conditional import CheckpointedConditional, ClassConditional
+from models.errors import ModelError
+from unlearning import Examples, Noise
+from worker.runner.base import exact_device, micro_batch_of
+from worker.runner.problems import UserError
+
+__all__ = ["ConditionalBase", "check_losses", "load_conditional_base"]
+
+LOOKED_AT = 64
+"""Samples whose loss is asked for before the work."""
+
+
+@dataclass(frozen=True)
+class ConditionalBase:
+    """The base of one job: a model of classes."""
+
+    checkpointed: CheckpointedConditional
+    path: Path
+    device: torch.device
+    micro_batch: int
+    """Examples that may pass through the model at once; a state resumes under any other."""
+    weights: str
+    """`models.checkpoints.tensor_digest` of them."""
+
+    @property
+    def model(self) -> ClassConditional:
+        """As methods and judges take it."""
+        return cast(ClassConditional, self.checkpointed)
+
+    @property
+    def module(self) -> nn.Module:
+        """As torch takes it."""
+        return cast(nn.Module, self.checkpointed)
+
+    @property
+    def n_bits(self) -> int:
+        """Colour depth of its images, in bits a channel."""
+        return self.checkpointed.n_bits
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.checkpointed.image_shape
+
+    def encoded(self, images: Tensor, seed: int) -> Tensor:
+        """What the loss takes of images (n, c, h, w) uint8, on the CPU; `seed` where the encoding is random."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, "encode"))
+        with torch.no_grad():
+            return self.checkpointed.encode(images, generator=generator).cpu()
+
+    def drawn(self, labels: Tensor, seed: int) -> Examples:
+        """Samples of the model under labels (n,), as examples for its loss."""
+        return Examples(self.encoded(samples_of(self.model, labels, seed=seed), seed), labels)
+
+    def noise(self) -> Noise:
+        """Uniform noise over the range of what the loss takes, as black and white images show it."""
+        black = torch.zeros(1, *self.image_shape, dtype=torch.uint8)
+        ends = self.encoded(torch.cat([black, black + 255]), 0)
+        return Noise(tuple(ends.shape[1:]), float(ends.min()), float(ends.max()))
+
+
+def load_conditional_base(job: Mapping[str, Any], folder: Path) -> ConditionalBase:
+    """The job's checkpoint, on the accelerator where there is one.
+
+    Raises:
+        UserError: the file cannot be used, or holds no model of classes.
+    """
+    device, path = exact_device(), folder / job["inputs"]["checkpoint"]
+    try:
+        model, manifest = load_conditional(path, device), read_manifest(path)
+    except ModelError as error:
+        raise _refused(str(error)) from error
+    if not isinstance(model, ClassConditional):
+        raise _refused(f"The conditions of a model of family {manifest.family!r} are no classes.")
+    if model.n_classes < 2:
+        raise _refused("The model has one class: without it, nothing is left to remember.")
+    return ConditionalBase(model, path, device, micro_batch_of(job, model.image_shape), manifest.tensor_digest)
+
+
+def check_losses(base: ConditionalBase, seed: int) -> None:
+    """Ask the model for the loss of a few of its own samples: one that gives no number can learn nothing.
+
+    Raises:
+        UserError: it gives none, or cannot be sampled.
+    """
+    seed = derive_seed(seed, "losses")
+    try:
+        own = base.drawn(labels_in_turn(range(base.model.n_classes), LOOKED_AT), seed)
+        draws = base.model.draw(len(own), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            found = base.model.losses(
+                own.x.to(base.device), own.condition.to(base.device), tuple(one.to(base.device) for one in draws)
+            )
+    except ModelError as error:
+        raise _refused(f"The model cannot be sampled: {error}.") from error
+    odd = int((~found.isfinite()).sum())
+    if odd:
+        raise _refused(
+            f"The loss of {odd} of {len(own)} of the model's own samples is not finite. Use an earlier checkpoint, or "
+            "train it again with a smaller learning rate."
+        )
+
+
+def _refused(detail: str) -> UserError:
+    return UserError("checkpoint-refused", "The checkpoint cannot be used", detail, pointer="/checkpoint")
