@@ -119,7 +119,7 @@ class Drop:
 
 
 def mean_of(values: Tensor, most: float, *, confidence: float = CONFIDENCE) -> Mean:
-    """The mean of values (n,) in [0, most] with its normal interval; too wide for few values, as of two or three."""
+    """The mean of values (n,) in [0, most] with its normal interval, which is too narrow for two or three values."""
     n = len(values)
     if n < 2:
         return Mean(float(values.double().mean()) if n else math.nan, 0.0, most, n, confidence)

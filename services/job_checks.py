@@ -158,10 +158,10 @@ def _check_judge(judge: Judge, classifier: Classifier | None, count: int) -> Non
     """A judge of a model of classes tells them apart as the model does: by label."""
     pointer = "/judge/sets" if classifier is None else "/judge/classifier"
     classes = list(judge.sets or {}) if classifier is None else classifier.classes
-    if len(classes) != count:
+    if len(classes) < count:
         raise _refused(
             f"The judge tells {len(classes)} classes apart, and the checkpoint has {count}: it needs one for every "
-            "label, in the order of the labels.",
+            "label, in the order of the labels; further ones may follow.",
             pointer,
             f"{len(classes)} classes against the checkpoint's {count}",
         )

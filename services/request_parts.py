@@ -210,13 +210,16 @@ class ForgetCriteria(Criteria):
     """When a job that forgets may call itself succeeded; the fractions are those of selective-amnesia."""
 
     forgotten_at_most: float | None = Field(
-        None, ge=0.001, le=0.999, description="P(forgotten class) of samples that are asked for it; default 0.05"
+        None,
+        ge=0.001,
+        le=0.999,
+        description="share of samples asked for the forgotten class that show it; default 0.05",
     )
     replaced_at_least: float | None = Field(
-        None, ge=0.001, le=0.999, description="P(replacing class) of the same samples, where one replaces; default 0.9"
+        None, ge=0.001, le=0.999, description="share of the same samples that show the replacing class; default 0.9"
     )
     others_within: float | None = Field(
-        None, ge=0.001, le=1, description="how far the other classes may fall in accuracy; default 0.02"
+        None, ge=0.001, lt=1, description="how far the other classes may fall in accuracy; default 0.02"
     )
 
 

@@ -101,7 +101,8 @@ def forget_conditions(
         parameters: see `AmnesiaParameters`.
         criterion: what ends the run; it is asked with seeds that no step draws from.
         seed: of every draw; equal seeds give equal bits on the CPU with the same number of threads.
-        state: of an interrupted run with the same arguments; the result is that of a run never interrupted.
+        state: of an interrupted run with the same arguments, to the bit; the result is that of a run never interrupted,
+            unless a later step is not finite: it leads back to the last look since, or to where the run was resumed.
         callback: gets a `Step` at every boundary; may call its `snapshot()` and may raise `Interrupted`.
         micro_batch: most examples that pass through the model at once; bounds the memory.
 
@@ -141,7 +142,7 @@ def forget_conditions(
         if step % values.check_every == 0:
             found = criterion(cast(ConditionalModel, run.model), _seed(seed, "check", step))
             metrics, promising = dict(found.metrics), found.met
-            run.keep()
+            run.keep_next()
         history.append({"step": float(step), **losses, **metrics})
         if callback is not None:
             meta = {"fingerprint": fingerprint, "step": step, "attempts": attempts, "promising": promising}
@@ -193,7 +194,7 @@ class _Run:
         self._pull = torch._foreach_mul(information, strength)
         self._optimiser = torch.optim.Adam(self._parameters.values(), lr=cast(float, values.learning_rate), fused=True)
         self.rollbacks = 0
-        self.keep()
+        self._keep()
 
     def step(self, step: int) -> dict[str, float]:
         """One Adam step on eq. 4; one that is not finite goes back to the last good weights, at half the rate."""
@@ -207,18 +208,20 @@ class _Run:
             x, condition = self._replay.drawn(values.replay_batch, generator)
             losses["replay"] = self._backward(x, condition, values.replay_weight, generator)
         losses["penalty"] = self._pull_back()
-        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), values.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), cast(float, values.clip))
         if not bool(torch.isfinite(norm)) or not all(map(_is_finite, losses.values())):
             self._roll_back(step)
             return {}
+        if self._keeps_next:
+            self._keep()  # only now it is known that these weights give finite losses
         for group in self._optimiser.param_groups:
             group["lr"] = cast(float, values.learning_rate) * 0.5**self.rollbacks
         self._optimiser.step()
         return losses
 
-    def keep(self) -> None:
-        """These weights are good: a step that is not finite leads back here."""
-        self._good = {name: value.detach().clone() for name, value in pack(self._parameters, self._optimiser).items()}
+    def keep_next(self) -> None:
+        """A step that is not finite shall lead back to these weights, once a step has shown that they are good."""
+        self._keeps_next = True
 
     def drift(self) -> float:
         """See `AmnesiaResult.drift`."""
@@ -238,7 +241,11 @@ class _Run:
         """The reverse of `tensors` and `facts`."""
         unpack(tensors, self._parameters, self._optimiser)
         self.rollbacks = int(meta["rollbacks"])
-        self.keep()
+        self._keep()
+
+    def _keep(self) -> None:
+        self._good = {name: value.detach().clone() for name, value in pack(self._parameters, self._optimiser).items()}
+        self._keeps_next = False
 
     def _backward(self, x: Tensor, condition: Tensor, weight: float, generator: torch.Generator) -> float:
         """Accumulate the gradient of a term's mean loss; returns the mean, in the loss's own units."""
@@ -276,6 +283,8 @@ class _Run:
                 "each time; lower the learning rate"
             )
         self.rollbacks += 1
+        self._keeps_next = False
+        self._optimiser.state.clear()  # the moments too; at the start there are none to go back to
         unpack(self._good, self._parameters, self._optimiser)
 
     def _in_order(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -321,7 +330,7 @@ def _fingerprint(
     values: AmnesiaParameters,
     seed: int,
 ) -> str:
-    """What a state must share with a run; nothing that depends on the machine or a micro-batch."""
+    """What a state must share with a run, to the bit: replay that another machine decoded is another run's."""
     facts = [
         VERSION, values.to_dict(), seed, tensor_digest(cast(nn.Module, model).state_dict()),
         tensor_digest({"conditions": conditions}), surrogate.digest(), replay.digest(),

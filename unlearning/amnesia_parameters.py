@@ -36,9 +36,9 @@ class AmnesiaParameters:
     """default: least Fisher information of a weight against the mean, so that none is free to drift; [0, 1)."""
     ceiling: float = 1e3
     """default: most of it, so that a few weights do not hold all; (1, 1e9]."""
-    clip: float = 1.0
-    """Largest norm of a step's gradient, of a loss in units of the replay loss at the start (paper: in the loss's own);
-    (0, 1000000]. Released code: 1 for a DDPM."""
+    clip: float | None = None
+    """Largest norm of a step's gradient, in units of the replay loss at the start; null: 1, and for paper 1e12,
+    which is none to speak of, as in the released code of a VAE; (0, 1e12]."""
     check_every: int = 50
     """Steps between looks at fresh samples, each of which may end the run; [1, 100000]."""
     without: tuple[LossTerm, ...] = ()
@@ -77,8 +77,8 @@ class AmnesiaParameters:
 
 
 _DEFAULTS: dict[Mode, dict[str, Any]] = {
-    "default": {"strength": 10.0, "max_steps": 2000, "learning_rate": 1e-3},
-    "paper": {"strength": 100.0, "max_steps": 10_000, "learning_rate": 1e-4},
+    "default": {"strength": 10.0, "max_steps": 2000, "learning_rate": 1e-3, "clip": 1.0},
+    "paper": {"strength": 100.0, "max_steps": 10_000, "learning_rate": 1e-4, "clip": 1e12},
 }
 _RANGES: dict[str, Range] = {
     "strength": Range(float, 0, 1e9),
@@ -89,7 +89,7 @@ _RANGES: dict[str, Range] = {
     "replay_weight": Range(float, 0, 1000),
     "floor": Range(float, 0, 0.999),
     "ceiling": Range(float, 1, 1e9, closed=False),
-    "clip": Range(float, 0, 1_000_000, closed=False),
+    "clip": Range(float, 0, 1e12, closed=False),
     "check_every": Range(int, 1, 100_000),
 }
 

@@ -85,7 +85,10 @@ def load_fisher(path: Path | str, *, weights: str, names: Sequence[str]) -> Fish
         if list(value.shape) != facts["shapes"][name] or value.dtype not in STORED:
             raise FisherError(f"{name} is {value.dtype} {tuple(value.shape)}, not what its manifest says")
     known = {name: facts[name] for name in _facts()}
-    known["rows"] = tuple((int(start), int(stop)) for start, stop in facts["rows"])
+    try:
+        known["rows"] = tuple((int(start), int(stop)) for start, stop in facts["rows"])
+    except (TypeError, ValueError) as error:
+        raise FisherError(f"the manifest is damaged: rows are {facts['rows']!r}"[:200]) from error
     return Fisher(tensors={name: value.float() for name, value in tensors.items()}, **known)
 
 

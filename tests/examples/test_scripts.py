@@ -23,6 +23,7 @@ from examples import debias, digits, forget_class, labelled_sets, lower_attribut
 from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
 from models.training import TransformerRecipe
+from services.job_checks import METHODS_OF_FAMILY
 from services.requests import DebiasRequest, ForgetRequest
 from tests.cli.scripted import Answer, ScriptedServer
 
@@ -158,7 +159,8 @@ def test_a_class_is_asked_for_at_the_prior_and_in_the_weights(
     forget_class.main([*files[:2], "--picture", str(tmp_path / "picture.svg")])
 
     asked = [ForgetRequest.model_validate(body) for body in bodies(server, "forget")]
-    assert [(one.target.where, one.method) for one in asked] == [
+    decided = [one.decided(METHODS_OF_FAMILY["class-prior"]) for one in asked]
+    assert [(one.target.where, one.method) for one in decided] == [
         ("prior", "class-removal"),
         ("weights", "class-taming"),
     ]
@@ -215,11 +217,13 @@ def test_the_bodies_in_the_how_tos_are_bodies_that_the_service_takes() -> None:
     for page in sorted(DOCS.glob("howto-*.md")):
         for kind, text in POSTED.findall(page.read_text()):
             body = re.sub(r"\$(\w+)", lambda name: f"{kinds[name[1]]}_{HEX}", text)
-            methods[page.stem] = models[kind].model_validate_json(body).method
+            known = METHODS_OF_FAMILY["vae" if page.stem.endswith("-vae") else "class-prior"]
+            methods[page.stem] = models[kind].model_validate_json(body).decided(known).method
 
     assert methods == {
         "howto-debias": "steering",
         "howto-forget-a-class": "class-taming",
+        "howto-forget-a-class-of-a-vae": "selective-amnesia",
         "howto-forget-a-person": "flow-taming",
         "howto-lower-an-attribute": "steering",
     }

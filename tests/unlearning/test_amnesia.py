@@ -244,12 +244,37 @@ def breaking(base: ConditionalVAE, broken: range) -> ConditionalModel:
     return model
 
 
-def test_a_step_that_is_not_finite_is_undone_at_half_the_rate(base: ConditionalVAE, run: Run) -> None:
-    result = run(SHORT, model=breaking(base, range(12, 13)))
+def call(step: int) -> range:
+    """The first loss after so many steps: two calls of a step, and two of the replay before the first."""
+    return range(2 * step + 3, 2 * step + 4)
+
+
+def test_a_step_that_is_not_finite_leads_back_to_the_last_look_at_half_the_rate(base: ConditionalVAE, run: Run) -> None:
+    weights: dict[int, Tensor] = {}
+
+    def keep(step: Step) -> None:
+        tensors = step.snapshot().tensors
+        weights[step.step] = torch.cat([tensors[f"weight.{name}"].flatten() for name, _ in base.named_parameters()])
+
+    result = run(SHORT, model=breaking(base, call(step=5)), callback=keep)
 
     assert result.rollbacks == 1
-    assert len([row for row in result.history if "surrogate" not in row]) == 1
-    assert all(bool(value.isfinite().all()) for value in result.model.state_dict().values())
+    assert [row["step"] for row in result.history if "surrogate" not in row] == [6]
+    assert torch.equal(weights[6], weights[4])
+    assert float((weights[7] - weights[6]).norm()) < 0.8 * float((weights[5] - weights[4]).norm())
+
+
+def test_weights_that_a_look_took_are_not_gone_back_to_before_a_step_has_shown_them_good(
+    base: ConditionalVAE, run: Run
+) -> None:
+    weights: list[Tensor] = []
+
+    def keep(step: Step) -> None:
+        weights.append(step.snapshot().tensors["weight.decoder.0.weight"])
+
+    run(SHORT, model=breaking(base, call(step=4)), callback=keep)
+
+    assert torch.equal(weights[4], base.state_dict()["decoder.0.weight"])
 
 
 def test_a_run_that_stays_broken_is_given_up(base: ConditionalVAE, run: Run) -> None:

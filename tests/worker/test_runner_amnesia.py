@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from evidence.amnesia_schema import AmnesiaReport
 from models.checkpoints import load_conditional, read_manifest, save_checkpoint
@@ -186,15 +188,18 @@ def test_what_one_job_computed_spares_the_next(amnesia: Amnesia, tmp_path: Path)
     again = amnesia(tmp_path / "again", target={"class_label": 1}, seed=8)
     again.job["parameters"] = {**QUICK, "max_steps": 5}
 
-    assets = _assets(first, first.run_here())
+    began = first.run_here()
+    assets = _assets(first, began)
     ended = _given(again, assets).run_here()
 
     assert len(assets) == 3
+    assert [one.result["summary"]["fisher_classes_computed"] for one in (began, ended)] == [3, 0]
     assert "fisher" not in _phases(ended)
     assert _assets(again, ended) == {}
     digests = [bench.report()["provenance"]["digests"] for bench in (first, again)]
-    assert {digests[0][f"fisher/{label}"] for label in range(3)} == set(assets)
-    assert digests[0]["fisher/2"] == digests[1]["fisher/2"]
+    of_class = [digests[0][f"fisher/{label}"] for label in range(3)]
+    assert len(set(of_class)) == 3
+    assert of_class == [digests[1][f"fisher/{label}"] for label in range(3)]
 
 
 def test_reused_information_gives_the_same_bits(amnesia: Amnesia, tmp_path: Path) -> None:
@@ -228,6 +233,22 @@ def test_information_of_another_model_or_class_is_computed_anew(
     assert set(_assets(bench, ended)) == set(names)
     assert bench.digest() == first.digest()
     assert capfd.readouterr().err.count("computed anew") == 3
+
+
+def test_information_that_holds_no_numbers_is_computed_anew(amnesia: Amnesia, tmp_path: Path) -> None:
+    first, bench = amnesia(tmp_path / "first"), amnesia(tmp_path / "bench")
+    for one in (first, bench):
+        one.job["parameters"] = {**QUICK, "max_steps": 2}
+    ours = _assets(first, first.run_here())
+    name, path = next(iter(ours.items()))
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 no dict
+    save_file({key: torch.full_like(value, torch.nan) for key, value in tensors.items()}, tmp_path / "nan", metadata)
+
+    ended = _given(bench, {**ours, name: tmp_path / "nan"}).run_here()
+
+    assert set(_assets(bench, ended)) == {name}
+    assert bench.digest() == first.digest()
 
 
 def test_without_steps_enough_the_criteria_are_missed_and_the_sentence_says_by_how_much(

@@ -17,6 +17,7 @@ from evidence.likelihood import derive_seed
 from evidence.pictures import picture_of
 from evidence.records import finite
 from evidence.rendering import render_html
+from models.checkpoints import tensor_digest
 from models.conditional import ClassConditional, ConditionalModel
 from unlearning import (
     AmnesiaParameters,
@@ -98,7 +99,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
     seconds = {"validating": validated - began, "fisher": computed - validated, "unlearning": result.seconds}
     with stop.at_once():
         work = _work(inputs, result, assets, state)
-        _conclude(job, inputs, result, work, seconds, folder=folder, reporter=reporter)
+        _conclude(job, inputs, result, assets, work, seconds, folder=folder, reporter=reporter)
 
 
 def _read(job: Mapping[str, Any], folder: Path, reporter: Reporter) -> _Inputs:
@@ -223,8 +224,8 @@ def _method(inputs: _Inputs, fisher: Fisher, seed: int) -> Method[AmnesiaResult]
 def _work(inputs: _Inputs, result: AmnesiaResult, assets: Assets, state: State | None) -> Work:
     names = ("step", *LOSSES)
     asked, defaults = inputs.asked, AmnesiaParameters(mode=inputs.parameters.mode)
-    digests = {"replay": inputs.replay.digest()}
-    digests |= {f"fisher/{label}": name for label, name in assets.names.items()}
+    digests = {"replay": inputs.replay.digest(), "surrogate": inputs.surrogate.digest()}
+    digests |= {f"fisher/{label}": tensor_digest(fisher.tensors) for label, fisher in assets.of_class.items()}
     if asked.digest:
         digests[f"classifier/{asked.judge.name}"] = asked.digest
     return Work(
@@ -242,6 +243,7 @@ def _conclude(
     job: Mapping[str, Any],
     inputs: _Inputs,
     result: AmnesiaResult,
+    assets: Assets,
     work: Work,
     seconds: dict[str, float],
     *,
@@ -290,6 +292,7 @@ def _conclude(
         "seconds": round(result.seconds, 3),
         "confirmed_by_the_method": result.met,
         "rollbacks": result.rollbacks,
+        "fisher_classes_computed": assets.computed,
         "drift": finite(result.drift),
         **evaluation.summary(),
         "outcome": report.verdict.outcome,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 import unlearning
 from evidence.likelihood import derive_seed
@@ -36,6 +37,8 @@ MOST_EXAMPLES = 500
 FEWEST_EXAMPLES = 20
 TIMESTEPS = 50
 """Draws an example, of a model that spreads them: a hundred rank weights as a thousand do, and fifty nearly so."""
+MOST_BYTES = 4 * 2**30
+"""Of all classes together, in memory; the supervisor fetches twice as much of a checkpoint's assets."""
 FOLDER = "assets"
 
 
@@ -44,7 +47,6 @@ class Assets:
     """The Fisher information of every class, and where it came from."""
 
     of_class: Mapping[int, Fisher]
-    names: Mapping[int, str]
     computed: int
     """Classes that no file was given for."""
 
@@ -70,9 +72,13 @@ class _Plan:
         facts = [VERSION, self.weights, self.label, self.examples, self.draws, self.seed]
         return f"fisher-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]}"
 
-    def fits(self, fisher: Fisher) -> bool:
-        """Whether a file's facts are these; its weights were checked as it was read."""
-        return (fisher.examples, fisher.draws, fisher.seed) == (self.examples, self.draws, self.seed)
+    def fits(self, fisher: Fisher, shapes: Mapping[str, torch.Size]) -> bool:
+        """Whether a file's facts and values are what this plan gives; its weights were checked as it was read."""
+        facts = (fisher.examples, fisher.draws, fisher.seed, fisher.reduction, fisher.precision)
+        return facts == (self.examples, self.draws, self.seed, "sum", "float32") and all(
+            value.shape == shapes[name] and bool((value.isfinite() & (value >= 0)).all())
+            for name, value in fisher.tensors.items()
+        )
 
 
 def fisher_of_classes(job: Mapping[str, Any], folder: Path, base: ConditionalBase, reporter: Reporter) -> Assets:
@@ -84,6 +90,7 @@ def fisher_of_classes(job: Mapping[str, Any], folder: Path, base: ConditionalBas
     Raises:
         UserError: the model's loss or its gradient is not finite.
     """
+    _check_size(base)
     plans = [_plan(base, label) for label in range(base.model.n_classes)]
     given = job["inputs"].get("fisher") or {}
     found: dict[int, Fisher] = {}
@@ -100,7 +107,21 @@ def fisher_of_classes(job: Mapping[str, Any], folder: Path, base: ConditionalBas
         path.parent.mkdir(exist_ok=True)
         unlearning.save_fisher(found[plan.label], path)
         reporter.asset(path, folder, name=plan.name)
-    return Assets(found, {plan.label: plan.name for plan in plans}, len(missing))
+    return Assets(found, len(missing))
+
+
+def _check_size(base: ConditionalBase) -> None:
+    """Every class has as many values as the model has weights, and all are held at once."""
+    parameters = dict(cast(nn.Module, base.model).named_parameters())
+    needed = 4 * base.model.n_classes * sum(parameters[name].numel() for name in _parameters(base))
+    if needed > MOST_BYTES:
+        raise UserError(
+            "checkpoint-refused",
+            "The checkpoint cannot be used",
+            f"The Fisher information of its {base.model.n_classes:,} classes takes {needed / 2**30:.1f} GiB; the most "
+            f"is {MOST_BYTES / 2**30:g} GiB. Use a smaller model, or one of fewer classes.",
+            pointer="/checkpoint",
+        )
 
 
 def _plan(base: ConditionalBase, label: int) -> _Plan:
@@ -116,8 +137,9 @@ def _read(path: Path, plan: _Plan, base: ConditionalBase) -> Fisher | None:
     except FisherError as error:
         _left_out(plan, str(error))
         return None
-    if not plan.fits(fisher):
-        _left_out(plan, "it is of other examples or draws")
+    shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
+    if not plan.fits(fisher, shapes):
+        _left_out(plan, "it is of other examples or draws, or its values are none")
         return None
     return fisher
 
