@@ -18,6 +18,7 @@ __all__ = ["Scratch", "ScratchRefused"]
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
+GATE = "gate"
 CACHE = "cache"
 PREFIX = "worker-"
 
@@ -35,12 +36,14 @@ class Scratch:
         self.cache = root / CACHE  # what runners may keep between attempts: compiled kernels, font lists; never inputs
         self.cache.mkdir(mode=0o700, exist_ok=True)
         self._home = root / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        self._home.mkdir(mode=0o700)
-        self._lock: IO[str] = (self._home / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for other in root.glob(f"{PREFIX}*"):
-            if other != self._home:
-                _remove_if_dead(other)
+        with (root / GATE).open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)  # one at a time: a folder that is not locked yet would pass for a leftover
+            self._home.mkdir(mode=0o700)
+            self._lock: IO[str] = (self._home / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for other in root.glob(f"{PREFIX}*"):
+                if other != self._home:
+                    _remove_if_dead(other)
 
     @contextmanager
     def attempt(self, job_id: str, token: int) -> Iterator[Path]:
@@ -69,7 +72,7 @@ def _check_private(root: Path) -> None:
 
 
 def _remove_if_dead(folder: Path) -> None:
-    """Remove a folder whose worker is gone. One that was made a moment ago and is not locked yet is left alone."""
+    """Remove a folder whose worker is gone."""
     try:
         with (folder / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
