@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sysconfig
 import time
 from pathlib import Path
@@ -161,7 +162,7 @@ class SeaweedFS(Server):
 
     def _clear_sockets(self) -> None:
         for port in self.ports.values():
-            for path in _sockets(port):
+            for path in filter(_is_abandoned, _sockets(port)):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
@@ -177,6 +178,19 @@ class SeaweedFS(Server):
 def _sockets(port: int) -> list[str]:
     """Unix sockets that a killed server left behind for this port; their place is fixed in the program."""
     return glob.glob(f"/tmp/seaweedfs-*-{port}.sock")  # noqa: S108 - see above
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether nobody listens there: a store that picked the same port at the same moment may have won it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _write_private(path: Path, text: str) -> None:

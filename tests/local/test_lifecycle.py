@@ -121,6 +121,25 @@ def test_stop_leaves_no_process(stack: LocalStack) -> None:
     assert not [path for port in stack.ports.values() for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
 
+def test_only_sockets_that_nobody_listens_on_are_cleared(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "data", start_database=False, start_broker=False, durable=False)
+    stack.start()
+    stack.stop()
+    path = Path("/tmp") / f"seaweedfs-another-{stack.ports['seaweedfs_volume_grpc']}.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as another:
+        another.bind(str(path))
+        another.listen()
+
+        with stack:
+            pass
+        kept = path.exists()
+
+    with stack:
+        pass
+    assert kept
+    assert not path.exists()
+
+
 def test_start_after_everything_was_killed(tmp_path: Path, stack: LocalStack) -> None:
     holder, urls, pids = _hold(tmp_path / "data")
     _write(urls)
