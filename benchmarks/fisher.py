@@ -186,7 +186,7 @@ class SmallDiffusion(nn.Module):
         out: Tensor = self.last(F.silu(self.norm(h)))
         return out
 
-    def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:  # noqa: ARG002 the protocol's
+    def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:  # noqa: ARG002 the protocol's; none drawn
         """Latents are made from nothing here: taken as they are."""
         return images.float()
 
@@ -208,8 +208,8 @@ class SmallDiffusion(nn.Module):
         return losses
 
     def sample(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Nothing is sampled here."""
-        raise NotImplementedError
+        """Part of the protocol, and of no figure: latents are made at random."""
+        raise NotImplementedError("the stand-in has no sampler; F takes its examples as they are")
 
     def scopes(self) -> Mapping[str, Sequence[str]]:
         """All of it."""
@@ -230,7 +230,7 @@ def vae_loop(model: ConditionalVAE, condition: Tensor, x: Tensor | None, rows: r
         one = drawn if x is None else x[row : row + 1]
         eps = draws_of(model, row, row + 1, 1, "independent", SEED)[0]
         model.zero_grad()
-        model.losses(one, label, (eps.to(one.dtype),)).sum().backward()  # type: ignore[no-untyped-call]  # torch's
+        torch.autograd.backward(model.losses(one, label, (eps.to(one.dtype),)).sum())
         for name, value in model.named_parameters():
             if value.grad is not None:
                 totals[name] += value.grad.data**2 / len(rows)
@@ -247,7 +247,7 @@ def unet_loop(model: SmallDiffusion, x: Tensor, condition: Tensor, draws: int, k
             one = slice(k, k + 1)
             rows = slice(row, row + 1)
             loss = model.losses(x[rows], condition[rows], (t[one], noise[one].to(x.dtype)))
-            loss.sum().backward()  # type: ignore[no-untyped-call]  # torch's
+            torch.autograd.backward(loss.sum())
         for name, value in model.named_parameters():
             if value.grad is not None:
                 totals[name] += value.grad.data**2 / len(x)

@@ -9,7 +9,7 @@ from evidence import schema
 from evidence.amnesia_records import AmnesiaEvaluation, Mean, Shown
 from evidence.amnesia_schema import AmnesiaJudge, AmnesiaReport, DropPart, KeptRow, ShownPart
 from evidence.fractions import Fraction, Judgement, fraction_of
-from evidence.report_parts import RunFacts, losses, provenance, rounded
+from evidence.report_parts import RunFacts, losses, provenance, rounded, verdict
 from evidence.schema import Criterion
 
 __all__ = ["build_amnesia_report"]
@@ -68,11 +68,7 @@ def build_amnesia_report(
     criteria = (*_criteria(evaluation), *extra_criteria)
     return AmnesiaReport(
         title=title,
-        verdict=schema.Verdict(
-            outcome="succeeded" if all(one.met for one in criteria) else "criteria_not_met",
-            sentence=_sentence(evaluation, criteria),
-            criteria=criteria,
-        ),
+        verdict=verdict(_sentence(evaluation, criteria), criteria),
         provenance=provenance(run, evaluation.seed),
         losses=losses(run),
         notes=(*notes, *_notes(evaluation, rollbacks)),

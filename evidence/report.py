@@ -20,6 +20,7 @@ from evidence.report_parts import (
     samples_sound,
     software_versions,
     thinned,
+    verdict,
 )
 from evidence.schema import Criterion, Report, json_schema
 
@@ -71,14 +72,9 @@ def build_report(
     """
     run = run or RunFacts()
     criteria = (*_criteria(evaluation), *extra_criteria)
-    met = all(criterion.met for criterion in criteria)
     return Report(
         title=title,
-        verdict=schema.Verdict(
-            outcome="succeeded" if met else "criteria_not_met",
-            sentence=_sentence(evaluation, criteria),
-            criteria=criteria,
-        ),
+        verdict=verdict(_sentence(evaluation, criteria), criteria),
         sets=tuple(_row(evaluation, one) for one in evaluation.sets),
         forget_images=tuple(
             schema.ForgetImageRow(

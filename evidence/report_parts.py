@@ -25,6 +25,7 @@ __all__ = [
     "samples_sound",
     "software_versions",
     "thinned",
+    "verdict",
 ]
 
 KEPT_VALUES = 1000
@@ -108,6 +109,14 @@ def health(one: SampleHealth | None) -> schema.Health | None:
         finite=rounded(one.finite),
         in_range=rounded(one.in_range),
         round_trip_error=rounded(one.round_trip_error),
+    )
+
+
+def verdict(sentence: str, criteria: Sequence[schema.Criterion]) -> schema.Verdict:
+    """What all criteria together come to."""
+    met = all(criterion.met for criterion in criteria)
+    return schema.Verdict(
+        outcome="succeeded" if met else "criteria_not_met", sentence=sentence, criteria=tuple(criteria)
     )
 
 

@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from evidence import schema
 from evidence.fractions import Fraction, fraction_of
 from evidence.likelihood import FloatArray, bits_per_dim
-from evidence.report_parts import RunFacts, estimate, health, losses, provenance, rounded, samples_sound, thinned
+from evidence.report_parts import (
+    RunFacts,
+    estimate,
+    health,
+    losses,
+    provenance,
+    rounded,
+    samples_sound,
+    thinned,
+    verdict,
+)
 from evidence.schema import Criterion, SteeringReport
 from evidence.steering_records import ClassChange, JudgeEvaluation, LikelihoodChange, SteeringEvaluation
 
@@ -71,11 +81,7 @@ def build_steering_report(
     criteria = (*_criteria(evaluation), *extra_criteria)
     return SteeringReport(
         title=title,
-        verdict=schema.Verdict(
-            outcome="succeeded" if all(one.met for one in criteria) else "criteria_not_met",
-            sentence=_sentence(evaluation, criteria),
-            criteria=criteria,
-        ),
+        verdict=verdict(_sentence(evaluation, criteria), criteria),
         kind=evaluation.kind,
         provenance=provenance(run, evaluation.seed),
         losses=losses(run),

@@ -117,7 +117,7 @@ class JobRequest(Part):
         method = info.data.get("method", "auto")
         return UndecidedOptions.model_validate(value) if method == "auto" else options_of(method, value)
 
-    def decided(self, known: Collection[str]) -> Self:  # noqa: ARG002 the bodies' to use
+    def decided(self, known: Collection[str]) -> Self:  # noqa: ARG002 for bodies whose method hangs on the family
         """The request for a checkpoint of a family that has these methods: none is left open.
 
         Raises:

@@ -1,16 +1,14 @@
 """Parameters of steering: each with its range and where its default comes from."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from unlearning.errors import ParameterError
-from unlearning.ranges import Range
+from unlearning.ranges import Parameters, Range
 
 
 @dataclass(frozen=True)
-class SteeringParameters:
+class SteeringParameters(Parameters):
     """How the fractions of classes among a flow's samples are changed. "Measured" is on digits, `benchmarks.debias`."""
 
     max_steps: int = 600
@@ -38,46 +36,19 @@ class SteeringParameters:
     clip: float = 50.0
     """Largest norm of a step's gradient, in nats; (0, 1000000]."""
 
-    def __post_init__(self) -> None:
-        """Check every value; raises ParameterError for the first that is wrong."""
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SteeringParameters":
-        """Build from JSON values, refusing unknown names, wrong types and values out of range.
-
-        Raises:
-            ParameterError: with the name and what is wrong.
-        """
-        for name in values:
-            if name not in _RANGES:
-                raise ParameterError(
-                    str(name)[:80], f"is no parameter of steering; known: {', '.join(sorted(_RANGES))}"
-                )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as JSON."""
-        return dataclasses.asdict(self)
-
-
-_RANGES: dict[str, Range] = {
-    "max_steps": Range(int, 1, 100_000),
-    "learning_rate": Range(float, 0, 1, closed=False),
-    "batch": Range(int, 2, 4096),
-    "pool": Range(int, 64, 100_000),
-    "samples": Range(int, 100, 1_000_000),
-    "confidence": Range(float, 0.5, 0.9999),
-    "measure_every": Range(int, 1, 10_000),
-    "probe": Range(int, 50, 100_000),
-    "gain": Range(float, 0, 2),
-    "average": Range(float, 0, 0.9999),
-    "huber": Range(float, 0, 1000, closed=False),
-    "clip": Range(float, 0, 1_000_000, closed=False),
-}
-
-
-def _check(name: str, value: object) -> None:
-    if value is not None or name != "samples":
-        _RANGES[name].check(name, value)
+    METHOD: ClassVar[str] = "steering"
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("samples",)
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "max_steps": Range(int, 1, 100_000),
+        "learning_rate": Range(float, 0, 1, closed=False),
+        "batch": Range(int, 2, 4096),
+        "pool": Range(int, 64, 100_000),
+        "samples": Range(int, 100, 1_000_000),
+        "confidence": Range(float, 0.5, 0.9999),
+        "measure_every": Range(int, 1, 10_000),
+        "probe": Range(int, 50, 100_000),
+        "gain": Range(float, 0, 2),
+        "average": Range(float, 0, 0.9999),
+        "huber": Range(float, 0, 1000, closed=False),
+        "clip": Range(float, 0, 1_000_000, closed=False),
+    }

@@ -1,20 +1,25 @@
 """Parameters of flow taming: each with its symbol, its range and where its default comes from."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from unlearning.errors import ParameterError
-from unlearning.ranges import Range
+from unlearning.ranges import Parameters, Range, check_choice, check_terms
 
 Engine = Literal["fast", "paper"]
 LossTerm = Literal["forget", "remember", "nll", "kl_forward", "kl_reverse"]
 """L_F; L_R; and the parts of L_R, eq. 11."""
 
 
+_DEFAULTS: dict[Engine, dict[str, Any]] = {
+    "fast": {"max_steps": 400, "learning_rate": 4e-3, "remember_batch": 96},
+    "paper": {"max_steps": 800, "learning_rate": 5e-5, "remember_batch": 8},
+}
+
+
 @dataclass(frozen=True)
-class TamingParameters:
+class TamingParameters(Parameters):
     """Parameters of both engines. "Paper" is Malnick, Avidan and Fried, WACV 2024, with its released recipe."""
 
     engine: Engine = "fast"
@@ -66,82 +71,46 @@ class TamingParameters:
     forget_shift: int = 1
     """fast: how far, in pixels, those copies move each way; [0, 8]. Measured."""
 
+    METHOD: ClassVar[str] = "flow taming"
+    OPTIONAL: ClassVar[tuple[str, ...]] = tuple(_DEFAULTS["fast"])
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "delta": Range(float, 0, 20, closed=False),
+        "tolerance": Range(float, 0, 0.999),
+        "max_steps": Range(int, 1, 100_000),
+        "learning_rate": Range(float, 0, 1, closed=False),
+        "forget_batch": Range(int, 1, 4096),
+        "remember_batch": Range(int, 2, 4096),
+        "confirmation_draws": Range(int, 1, 1000),
+        "statistics_images": Range(int, 16, 100_000),
+        "near_duplicate_rms": Range(float, 0, 255),
+        "alpha": Range(float, 0, 1),
+        "gamma": Range(float, 0, 1),
+        "refresh_every": Range(int, 1, 10_000),
+        "keep_weight": Range(float, 0, 100_000),
+        "margin": Range(float, 0, 10),
+        "virtual_share": Range(float, 0, 1),
+        "noise_draws": Range(int, 1, 64),
+        "clip": Range(float, 0, 1_000_000, closed=False),
+        "forget_variants": Range(int, 0, 64),
+        "variant_target": Range(float, 0, 1),
+        "forget_shift": Range(int, 0, 8),
+    }
+
     def __post_init__(self) -> None:
         """Check every value; raises ParameterError for the first that is wrong."""
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name))
+        super().__post_init__()
         if self.without and self.engine != "paper":
             raise ParameterError("without", 'leaves out terms of the published objective; it asks for engine "paper"')
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TamingParameters":
-        """Build from JSON values, refusing unknown names, wrong types and values out of range.
+    def _defaults(self) -> Mapping[str, Any]:
+        return _DEFAULTS[self.engine]
 
-        Raises:
-            ParameterError: with the name and what is wrong.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ParameterError(
-                    str(name)[:80], f"is no parameter of flow taming; known: {', '.join(sorted(known))}"
-                )
-        terms = values.get("without")
-        return cls(**{**values, "without": tuple(terms)} if isinstance(terms, list) else values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as JSON, with the engine's defaults filled in."""
-        values = dataclasses.asdict(self.resolved())
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def resolved(self) -> "TamingParameters":
-        """The same with every null replaced by the engine's default."""
-        defaults: dict[str, Any] = _DEFAULTS[self.engine]
-        filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **filled)
-
-
-_DEFAULTS: dict[Engine, dict[str, Any]] = {
-    "fast": {"max_steps": 400, "learning_rate": 4e-3, "remember_batch": 96},
-    "paper": {"max_steps": 800, "learning_rate": 5e-5, "remember_batch": 8},
-}
-_RANGES: dict[str, Range] = {
-    "delta": Range(float, 0, 20, closed=False),
-    "tolerance": Range(float, 0, 0.999),
-    "max_steps": Range(int, 1, 100_000),
-    "learning_rate": Range(float, 0, 1, closed=False),
-    "forget_batch": Range(int, 1, 4096),
-    "remember_batch": Range(int, 2, 4096),
-    "confirmation_draws": Range(int, 1, 1000),
-    "statistics_images": Range(int, 16, 100_000),
-    "near_duplicate_rms": Range(float, 0, 255),
-    "alpha": Range(float, 0, 1),
-    "gamma": Range(float, 0, 1),
-    "refresh_every": Range(int, 1, 10_000),
-    "keep_weight": Range(float, 0, 100_000),
-    "margin": Range(float, 0, 10),
-    "virtual_share": Range(float, 0, 1),
-    "noise_draws": Range(int, 1, 64),
-    "clip": Range(float, 0, 1_000_000, closed=False),
-    "forget_variants": Range(int, 0, 64),
-    "variant_target": Range(float, 0, 1),
-    "forget_shift": Range(int, 0, 8),
-}
-_OPTIONAL = ("max_steps", "learning_rate", "remember_batch")
-
-
-def _check(name: str, value: object) -> None:
-    if name == "engine":
-        if value not in get_args(Engine):
-            raise ParameterError(name, f"must be one of {', '.join(get_args(Engine))}, not {value!r}")
-        return
-    if name == "without":
-        known = get_args(LossTerm)
-        if not isinstance(value, tuple) or any(term not in known for term in value) or len(set(value)) < len(value):
-            raise ParameterError(name, f"lists terms of {', '.join(known)}, each once, not {value!r}")
-        if "forget" in value and ("remember" in value or {"nll", "kl_forward", "kl_reverse"} <= set(value)):
-            raise ParameterError(name, "leaves out every loss; nothing would be learned")
-        return
-    if value is None and name in _OPTIONAL:
-        return
-    _RANGES[name].check(name, value)
+    def _check(self, name: str, value: object) -> None:
+        if name == "engine":
+            check_choice(name, value, get_args(Engine))
+        elif name == "without":
+            terms = check_terms(name, value, get_args(LossTerm))
+            if "forget" in terms and ("remember" in terms or {"nll", "kl_forward", "kl_reverse"} <= terms):
+                raise ParameterError(name, "leaves out every loss; nothing would be learned")
+        else:
+            super()._check(name, value)

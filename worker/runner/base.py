@@ -1,4 +1,4 @@
-"""The flow that a job starts from: loaded, asked for a likelihood before any work is done, and fitted to the memory."""
+"""What a job starts from, and the flow that most do: loaded, asked for a likelihood first, fitted to the memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from evidence.steering_evaluation import sampled_images
 from models.checkpoints import load_flow
 from models.errors import ModelError
 from models.images import flow_input
-from models.protocol import CheckpointedFlow, Flow
+from models.protocol import Checkpointed, CheckpointedFlow, Flow
 from unlearning import ParameterError
 from worker.runner.problems import UserError
 
@@ -39,44 +39,15 @@ LOOKED_AT = 8  # images whose likelihood is asked for before the work
 P = TypeVar("P")
 
 
-class Origin(Protocol):
+@dataclass(frozen=True)
+class Origin:
     """What a job starts from, whatever kind of model it is."""
 
-    @property
-    def path(self) -> Path:
-        """Of its file."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """That it is on."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of its images."""
-        ...
-
-    @property
-    def n_bits(self) -> int:
-        """Colour depth of its images, in bits a channel."""
-        ...
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base of one job."""
-
-    checkpointed: CheckpointedFlow
+    checkpointed: Checkpointed
     path: Path
     device: torch.device
     micro_batch: int
-    """Images that may pass through the flow at once. No part of the method: a state resumes under any other."""
-
-    @property
-    def flow(self) -> Flow:
-        """As the methods and the judges take it."""
-        return cast(Flow, self.checkpointed)
+    """Images that may pass through the model at once. No part of the method: a state resumes under any other."""
 
     @property
     def module(self) -> nn.Module:
@@ -92,6 +63,18 @@ class Base:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return self.checkpointed.image_shape
+
+
+@dataclass(frozen=True)
+class Base(Origin):
+    """The base of a job that changes a flow."""
+
+    checkpointed: CheckpointedFlow
+
+    @property
+    def flow(self) -> Flow:
+        """As the methods and the judges take it."""
+        return cast(Flow, self.checkpointed)
 
 
 def load_base(job: Mapping[str, Any], folder: Path) -> Base:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evidence.amnesia_evaluation import labels_in_turn, samples_of
 from evidence.likelihood import derive_seed
@@ -16,7 +16,7 @@ from models.checkpoints import load_conditional, read_manifest
 from models.conditional import CheckpointedConditional, ClassConditional
 from models.errors import ModelError
 from unlearning import Examples, Noise
-from worker.runner.base import exact_device, micro_batch_of
+from worker.runner.base import Origin, exact_device, micro_batch_of
 from worker.runner.problems import UserError
 
 __all__ = ["ConditionalBase", "check_losses", "load_conditional_base"]
@@ -26,14 +26,10 @@ LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
-class ConditionalBase:
-    """The base of one job: a model of classes."""
+class ConditionalBase(Origin):
+    """The base of a job that changes a model of classes."""
 
     checkpointed: CheckpointedConditional
-    path: Path
-    device: torch.device
-    micro_batch: int
-    """Examples that may pass through the model at once; a state resumes under any other."""
     weights: str
     """`models.checkpoints.tensor_digest` of them."""
 
@@ -41,21 +37,6 @@ class ConditionalBase:
     def model(self) -> ClassConditional:
         """As methods and judges take it."""
         return cast(ClassConditional, self.checkpointed)
-
-    @property
-    def module(self) -> nn.Module:
-        """As torch takes it."""
-        return cast(nn.Module, self.checkpointed)
-
-    @property
-    def n_bits(self) -> int:
-        """Colour depth of its images, in bits a channel."""
-        return self.checkpointed.n_bits
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.checkpointed.image_shape
 
     def encoded(self, images: Tensor, seed: int) -> Tensor:
         """What the loss takes of images (n, c, h, w) uint8, on the CPU; `seed` where the encoding is random."""
