@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Of open-clip-torch the vocabulary of CLIP is read and no code is run: what it depends on is not wanted.
+VOCABULARY := --no-deps open-clip-torch
 DOCKERFILES := Dockerfile Dockerfile.gpu
 COMPOSE_FILES := docker-compose.yml docker-compose.worker.yml
 
@@ -57,11 +59,13 @@ clean: ## remove what these tasks made here (virtual environment, caches); never
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing forgetd into $(VENV) (the first time takes some minutes) ..."
 	@$(PIP) --editable '.[worker,local,examples]'
+	@$(PIP) $(VOCABULARY)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing forgetd and its tools into $(VENV) (the first time takes some minutes) ..."
 	@$(PIP) --editable '.[worker,local,examples,dev]'
+	@$(PIP) $(VOCABULARY)
 	@touch $@ $(VENV)/.run
 
 $(VENV)/bin/pip:

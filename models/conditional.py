@@ -6,6 +6,7 @@ apart from the loss, so that the same draws can be evaluated in any batches.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -62,13 +63,60 @@ class ConditionalModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a diffusion model draws."""
+
+    steps: int
+    """Of the sampler, evenly spread over the timesteps."""
+    guidance_scale: float
+    """w in eps(null) + w (eps(c) - eps(null)), above 0: at 1 the condition alone counts; at 0 it would not count."""
+
+
 @runtime_checkable
 class StratifiedConditional(ConditionalModel, Protocol):
     """A conditional model that can spread the draws of one example over what it sums over, as over timesteps."""
 
+    terms: int
+    """How many terms the loss is a sum over, of which a draw is one: the number of timesteps."""
+
     def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
         """n draws of one example, one in each of n equal parts of the range: its timesteps, each once where n is their
         number. Each has the same weight as those of `draw`; on the CPU.
+        """
+        ...
+
+
+@runtime_checkable
+class GuidedConditional(StratifiedConditional, Protocol):
+    """A diffusion model with classifier-free guidance: it knows p(x) beside p(x | c), and draws with the two."""
+
+    sampling: Sampling
+    """May be set; `sample` and `generate` read it."""
+
+    @property
+    def null_condition(self) -> Tensor:
+        """The condition of p(x): one row, as `losses` takes rows."""
+        ...
+
+    def generate(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Draw an x of each condition, (n, ...) float32 on the model's device, as `losses` takes it."""
+        ...
+
+    def images(self, x: Tensor) -> Tensor:
+        """x as images, uint8 (n, c, h, w): what `sample` makes of what `generate` draws."""
+        ...
+
+
+@runtime_checkable
+class PromptConditional(GuidedConditional, Protocol):
+    """A model whose conditions are prompts: rows of token ids, int64 (n, tokens), each of which it encodes once."""
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of prompts, int64 (n, tokens), on the CPU.
+
+        Raises:
+            PromptError: a prompt is empty of tokens, or longer than the model reads: its end would be cut off.
         """
         ...
 

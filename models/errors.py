@@ -55,3 +55,7 @@ class DigestError(CheckpointError):
 
 class MissingFactError(CheckpointError):
     """The file does not tell something that only its owner knows: state it and send the file again."""
+
+
+class PromptError(ModelError):
+    """The text encoder cannot read the prompt: it is empty, or longer than the model's context, and would be cut."""
