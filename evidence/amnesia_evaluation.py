@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from evidence.fractions import CONFIDENCE, Fraction, fraction_of
 from evidence.kid import LARGEST_SET, Extractor, Kid, kid_beside_floor, pca_extractor
 from evidence.likelihood import derive_seed
 from evidence.readings import NOTHING, Reading, read
-from models.conditional import ClassConditional
+from models.conditional import LabelledSampler
 
 __all__ = ["BATCH", "evaluate_amnesia", "labels_in_turn", "looked_at", "samples_of"]
 
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 def samples_of(
-    model: ClassConditional, labels: Tensor, *, seed: int, on_batch: Callable[[], None] = lambda: None
+    model: LabelledSampler, labels: Tensor, *, seed: int, on_batch: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Draw an image of each label.
 
@@ -69,11 +69,13 @@ def looked_at(reading: Reading, label: int, classes: int, confidence: float = CO
 
 
 def evaluate_amnesia(
-    base: ClassConditional,
-    changed: ClassConditional,
+    base: LabelledSampler,
+    changed: LabelledSampler,
     judge: Classifier,
     *,
     label: int,
+    shows: Mapping[int, int] | None = None,
+    names: Sequence[str] | None = None,
     image_shape: tuple[int, int, int],
     n_bits: int,
     samples: int,
@@ -94,8 +96,11 @@ def evaluate_amnesia(
     Args:
         base: the model before.
         changed: the model after.
-        judge: its first classes are the model's, in their order; further ones are what else it tells.
+        judge: who tells what samples show.
         label: of the forgotten class.
+        shows: the judge's class of each label that is judged; None: its first classes are the model's, in their order,
+            and further ones are what else it tells.
+        names: of every label; the judge's names of what they show if None.
         image_shape: (c, h, w) of the samples.
         n_bits: bits a channel.
         samples: to draw of each model under the forgotten condition.
@@ -111,35 +116,38 @@ def evaluate_amnesia(
     Raises:
         TargetError: nothing is to be drawn, or the judge does not tell the model's classes.
     """
-    kept = [one for one in range(base.n_classes) if one != label]
+    shows = dict(shows if shows is not None else {one: one for one in range(base.n_classes)})
+    kept = [one for one in shows if one != label]
+    told = len(judge.classes)
     if (
         samples < 1
         or others < 1
         or not kept
-        or len(judge.classes) < base.n_classes
-        or label not in range(base.n_classes)
+        or label not in shows
+        or any(not 0 <= one < told for one in shows.values())
     ):
         raise TargetError(
             f"there is nothing to judge in {samples} samples of class {label} and {others} of {len(kept)} others by a "
-            f"judge of {len(judge.classes)} classes"
+            f"judge of {told} classes"
         )
     others = -(-others // len(kept)) * len(kept)
     staying, forgotten = labels_in_turn(kept, others), torch.full((samples,), label, dtype=torch.int64)
+    expected = torch.tensor([shows[one] for one in staying.tolist()])
     apart = labels_in_turn(kept, min(others, LARGEST_SET))
     steps = _Steps(on_progress, 2 * _batches(forgotten) + 2 * _batches(staying) + _batches(apart))
 
-    def drawn(model: ClassConditional, labels: Tensor, which: str) -> Tensor:
+    def drawn(model: LabelledSampler, labels: Tensor, which: str) -> Tensor:
         return samples_of(model, labels, seed=derive_seed(seed, "evaluation", which), on_batch=steps.advance)
 
     shown = [
-        looked_at(read(judge, drawn(model, forgotten, "forgotten")), label, len(judge.classes), confidence)
+        looked_at(read(judge, drawn(model, forgotten, "forgotten")), shows[label], told, confidence)
         for model in (base, changed)
     ]
     pictures = [drawn(model, staying, "others") for model in (base, changed)]
-    right = [read(judge, some).seen == staying for some in pictures]
+    right = [read(judge, some).seen == expected for some in pictures]
     return AmnesiaEvaluation(
-        label=label,
-        replacement=replacement,
+        label=shows[label],
+        replacement=None if replacement is None else shows.get(replacement),
         classes=tuple(judge.classes),
         judge=judge.name,
         accuracy=_accuracy(judge),
@@ -148,7 +156,11 @@ def evaluate_amnesia(
         before=shown[0],
         after=shown[1],
         kept=tuple(
-            Kept(judge.classes[one], *(share(some[staying == one], confidence) for some in right)) for one in kept
+            Kept(
+                names[one] if names else judge.classes[shows[one]],
+                *(share(some[staying == one], confidence) for some in right),
+            )
+            for one in kept
         ),
         drop=drop_of(right[0], right[1], confidence=confidence),
         kid=_distance(pictures[0][: len(apart)], drawn(changed, apart, "apart"), extractor, seed),

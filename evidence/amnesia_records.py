@@ -156,9 +156,9 @@ class AmnesiaEvaluation:
     Shares are what the judge tells: its errors are in them, and no interval covers those.
 
     Attributes:
-        label: the forgotten class.
-        replacement: the class that is to be shown instead; None where it is none of the model's.
-        classes: the judge's, the model's first, in their order.
+        label: what the forgotten condition showed, a class of the judge.
+        replacement: the class of the judge that is to be shown instead; None where it is none.
+        classes: the judge's.
         judge: its name.
         accuracy: of a judge that was trained for this job, on images that it had not seen; None where not known.
         independent: False where the judge learned from the base's own samples.

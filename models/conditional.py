@@ -121,6 +121,19 @@ class PromptConditional(GuidedConditional, Protocol):
         ...
 
 
+class LabelledSampler(Protocol):
+    """What draws images by label: the least that a judge of samples needs."""
+
+    @property
+    def n_classes(self) -> int:
+        """Labels run from 0 to this, exclusive."""
+        ...
+
+    def sample(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
+        """An image of each label (n,) from 0, uint8 (n, c, h, w)."""
+        ...
+
+
 @runtime_checkable
 class ClassConditional(ConditionalModel, Protocol):
     """A conditional model whose conditions are classes: labels int64 (n,) from 0, `NO_CONDITION` where it allows it."""

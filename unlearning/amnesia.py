@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints import tensor_digest
-from models.conditional import ConditionalModel
+from models.conditional import ConditionalModel, GuidedConditional, StratifiedConditional
 from unlearning.amnesia_parameters import AmnesiaParameters
 from unlearning.errors import DivergedError, FisherError, InputError, StateError
 from unlearning.fisher_result import Fisher, check_weights, normalise_fisher
@@ -33,7 +33,7 @@ from unlearning.state import State
 from unlearning.surrogates import Examples, Surrogate
 
 PHASE = "unlearning"
-VERSION = 1
+VERSION = 2
 """Of the states: raised whenever the steps or what they read change."""
 MOST_ROLLBACKS = 5
 """Times that a run goes back to its last good weights and halves its learning rate, before it is given up."""
@@ -187,11 +187,14 @@ class _Run:
             parameter.requires_grad_(True)
         self._device = next(iter(self._parameters.values())).device
         self._start = [parameter.detach().clone() for parameter in self._parameters.values()]
-        self._relative = self._relative_to_start(fisher)
-        self._scale = self._loss_at_start() if values.mode == "default" else 1.0
-        strength = cast(float, values.strength)
-        information = self._relative if values.mode == "default" else self._in_order(fisher.tensors)
-        self._pull = torch._foreach_mul(information, strength)
+        self._fisher = fisher
+        if values.mode == "default":
+            self._scale, self._information = self._loss_at_start(), self._relative_to_start()
+        else:
+            self._scale, self._information = 1.0, self._in_order(fisher.tensors)
+        self._strength = cast(float, values.strength) * (
+            1.0 if values.mode == "default" else _of_all_terms(model, fisher)
+        )
         self._optimiser = torch.optim.Adam(self._parameters.values(), lr=cast(float, values.learning_rate), fused=True)
         self.rollbacks = 0
         self._keep()
@@ -206,6 +209,7 @@ class _Run:
         losses["surrogate"] = self._backward(x, self._conditions[rows], 1.0, generator)
         if "replay" not in values.without and values.replay_weight:
             x, condition = self._replay.drawn(values.replay_batch, generator)
+            condition = self._some_dropped(condition, generator)
             losses["replay"] = self._backward(x, condition, values.replay_weight, generator)
         losses["penalty"] = self._pull_back()
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), cast(float, values.clip))
@@ -225,8 +229,9 @@ class _Run:
 
     def drift(self) -> float:
         """See `AmnesiaResult.drift`."""
+        relative = self._information if self._values.mode == "default" else self._relative_to_start()
         moved = torch._foreach_sub(list(self._parameters.values()), self._start)
-        parts = [(weight * gap.detach().square()).sum() for weight, gap in zip(self._relative, moved, strict=True)]
+        parts = [(weight * gap.detach().square()).sum() for weight, gap in zip(relative, moved, strict=True)]
         return float(torch.stack(parts).sum())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -250,8 +255,7 @@ class _Run:
     def _backward(self, x: Tensor, condition: Tensor, weight: float, generator: torch.Generator) -> float:
         """Accumulate the gradient of a term's mean loss; returns the mean, in the loss's own units."""
         draws = cast(ConditionalModel, self.model).draw(len(x), generator=generator)
-        reduction = "mean" if self._values.mode == "default" else "sum"
-        share = weight / self._scale / (len(x) if reduction == "mean" else 1)
+        share = weight / self._scale / (len(x) if self._values.reduction == "mean" else 1)
         total = 0.0
         for rows in torch.split(torch.arange(len(x)), self._micro_batch):
             part = self._losses(x[rows], condition[rows], tuple(draw[rows] for draw in draws)).sum()
@@ -268,13 +272,17 @@ class _Run:
     @torch.no_grad()
     def _pull_back(self) -> float:
         """Add the penalty's gradient in place, without a graph; returns the penalty."""
-        if "penalty" in self._values.without or not self._values.strength:
+        if "penalty" in self._values.without or not self._strength:
             return 0.0
-        gap = torch._foreach_sub(list(self._parameters.values()), self._start)
-        pull = torch._foreach_mul(self._pull, gap)
-        gradients = [cast(Tensor, parameter.grad) for parameter in self._parameters.values()]
-        torch._foreach_add_(gradients, pull)
-        return float(0.5 * torch.stack([(a * b).sum() for a, b in zip(pull, gap, strict=True)]).sum())
+        total = torch.zeros((), device=self._device)
+        for parameter, start, information in zip(
+            self._parameters.values(), self._start, self._information, strict=True
+        ):
+            gap = parameter - start
+            pull = information * gap  # one parameter at a time: all at once would hold the weights twice more
+            total += (pull * gap).sum()
+            cast(Tensor, parameter.grad).add_(pull, alpha=self._strength)
+        return float(0.5 * self._strength * total)
 
     def _roll_back(self, step: int) -> None:
         if self.rollbacks == MOST_ROLLBACKS:
@@ -290,9 +298,19 @@ class _Run:
     def _in_order(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[name].to(self._device, torch.float32) for name in self._parameters]
 
-    def _relative_to_start(self, fisher: Fisher) -> list[Tensor]:
+    def _some_dropped(self, condition: Tensor, generator: torch.Generator) -> Tensor:
+        """Without their condition, a share of them: what the model makes without one is replayed too."""
+        share = cast(float, self._values.null_share)
+        if not share or not isinstance(self.model, GuidedConditional):
+            return condition
+        dropped = torch.rand(len(condition), generator=generator) < share
+        condition = condition.clone()
+        condition[dropped] = self.model.null_condition.to(condition)
+        return condition
+
+    def _relative_to_start(self) -> list[Tensor]:
         """Weights of the relative drift: F between floor and ceiling, divided by sum F theta*^2."""
-        bounded = normalise_fisher(fisher, floor=self._values.floor, clip=self._values.ceiling)
+        bounded = normalise_fisher(self._fisher, floor=self._values.floor, clip=self._values.ceiling)
         information = self._in_order(bounded)
         sizes = [(each * at.square()).sum() for each, at in zip(information, self._start, strict=True)]
         return list(torch._foreach_div(information, float(torch.stack(sizes).sum(dtype=torch.float64))))
@@ -311,6 +329,12 @@ class _Run:
         if not _is_finite(found):
             raise InputError("the model's loss of its own samples is not finite; use an earlier checkpoint")
         return max(abs(found), 1e-12)
+
+
+def _of_all_terms(model: ConditionalModel, fisher: Fisher) -> float:
+    """What turns F over some of the loss's terms into F over all, as published: their ratio, squared."""
+    terms = model.terms if isinstance(model, StratifiedConditional) else fisher.draws
+    return (terms / fisher.draws) ** 2
 
 
 def _is_finite(value: float) -> bool:

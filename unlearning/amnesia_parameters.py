@@ -10,12 +10,29 @@ from unlearning.ranges import Parameters, Range, check_choice, check_terms
 Mode = Literal["default", "paper"]
 LossTerm = Literal["surrogate", "replay", "penalty"]
 """The three terms of eq. 4."""
+Reduction = Literal["sum", "mean"]
 
 
 _DEFAULTS: dict[Mode, dict[str, Any]] = {
-    "default": {"strength": 10.0, "max_steps": 2000, "learning_rate": 1e-3, "clip": 1.0},
-    "paper": {"strength": 100.0, "max_steps": 10_000, "learning_rate": 1e-4, "clip": 1e12},
-}
+    "default": {
+        "strength": 10.0, "max_steps": 2000, "learning_rate": 1e-3, "clip": 1.0, "null_share": 0.1, "reduction": "mean",
+    },
+    "paper": {
+        "strength": 100.0, "max_steps": 10_000, "learning_rate": 1e-4, "clip": 1e12, "null_share": 0.0,
+        "reduction": "sum",
+    },
+}  # fmt: skip
+_PAPER: Mapping[str, Mapping[str, Any]] = {
+    "vae": {},
+    "ddpm": {
+        "strength": 10.0, "max_steps": 20_000, "batch": 128, "replay_batch": 128, "clip": 1.0, "reduction": "mean",
+    },
+    "stable-diffusion": {
+        "strength": 50.0, "max_steps": 12_500, "learning_rate": 1e-5, "batch": 16, "replay_batch": 16,
+        "reduction": "mean",
+    },
+}  # fmt: skip
+"""What the paper sets for a family where it differs from its VAE (App. B; the released code where that is silent)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,12 @@ class AmnesiaParameters(Parameters):
     clip: float | None = None
     """Largest norm of a step's gradient, in units of the replay loss at the start; null: 1, and for paper 1e12,
     which is none to speak of, as in the released code of a VAE; (0, 1e12]."""
+    null_share: float | None = None
+    """Share of replay examples whose condition is dropped, where the model is guided by its answer without one, which
+    would drift along; null: .1, and none for paper; [0, .9]."""
+    reduction: Reduction | None = None
+    """paper: whether a step adds up its examples' losses or averages them; null: "sum", as for a VAE. The default mode
+    averages."""
     check_every: int = 50
     """Steps between looks at fresh samples, each of which may end the run; [1, 100000]."""
     without: tuple[LossTerm, ...] = ()
@@ -61,6 +84,7 @@ class AmnesiaParameters(Parameters):
         "floor": Range(float, 0, 0.999),
         "ceiling": Range(float, 1, 1e9, closed=False),
         "clip": Range(float, 0, 1e12, closed=False),
+        "null_share": Range(float, 0, 0.9),
         "check_every": Range(int, 1, 100_000),
     }
 
@@ -70,8 +94,18 @@ class AmnesiaParameters(Parameters):
     def _check(self, name: str, value: object) -> None:
         if name == "mode":
             check_choice(name, value, get_args(Mode))
+        elif name == "reduction":
+            if value is not None:
+                check_choice(name, value, get_args(Reduction))
+            if value == "sum" and self.mode == "default":
+                raise ParameterError(name, "is mean in the default mode, whose penalty is in units of a mean loss")
         elif name == "without":
             if "surrogate" in check_terms(name, value, get_args(LossTerm)):
                 raise ParameterError(name, "leaves out the surrogate; nothing would be forgotten")
         else:
             super()._check(name, value)
+
+
+def paper_settings(family: str) -> Mapping[str, Any]:
+    """What the paper sets for a family of models where it differs from its VAE."""
+    return _PAPER.get(family, {})

@@ -9,10 +9,28 @@ from dataclasses import dataclass
 
 from unlearning.errors import InputError
 
-__all__ = ["HELD_OUT", "TRAINED", "Phrasings", "phrasings", "plain"]
+__all__ = ["GENERAL", "HELD_OUT", "TRAINED", "Phrasings", "phrasings", "plain"]
 
 TRAINED = ("{}", "a photo of {}", "an image of {}", "a picture showing {}", "{}, in detail")
 HELD_OUT = ("a close view of {}", "this is {}", "{} in the middle of a picture", "a good picture of {}")
+
+GENERAL = (
+    "a dog", "a cat", "a horse", "a bird", "a fish", "an elephant", "a butterfly", "a cow", "a man", "a woman",
+    "a child", "an old man", "an old woman", "a crowd of people", "a family at a table", "a footballer", "a musician",
+    "a farmer at work", "a mountain", "a beach", "a forest", "a river", "a desert", "a waterfall", "a snowy field",
+    "a garden", "a sunset", "a city street", "a village", "a castle", "a church", "a bridge", "a skyscraper",
+    "a wooden house", "a kitchen", "a bedroom", "a library", "an office", "a railway station", "a market", "a car",
+    "a bicycle", "a train", "an aeroplane", "a sailing boat", "a bus", "a lorry", "a motorcycle", "a chair", "a table",
+    "a lamp", "a clock", "a book", "a cup of coffee", "a bottle", "a telephone", "a guitar", "a piano",
+    "a pair of shoes", "a hat", "a red dress", "a bowl of fruit", "a loaf of bread", "a cake", "a pizza",
+    "a vegetable stew", "an apple", "a bunch of flowers", "a tree", "a mushroom", "a painting of a landscape",
+    "a pencil sketch of a face", "a watercolour of a harbour", "a statue", "a mosaic", "a poster with large letters",
+    "a map", "a cartoon animal", "a robot", "a spaceship", "a dragon", "the night sky", "the moon", "a storm at sea",
+    "a rainbow", "a campfire", "a coral reef", "a glass of water", "a wooden toy", "a football match", "a wedding",
+    "a classroom", "a hospital", "a factory", "a field of wheat", "a snowman", "a lighthouse", "a windmill",
+    "a stone wall", "an abstract pattern",
+)  # fmt: skip
+"""What a model is held to where the caller names nothing: everyday things, as far apart as a hundred can be."""
 
 
 @dataclass(frozen=True)

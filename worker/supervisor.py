@@ -345,7 +345,7 @@ class _Attempt:
         kind = message["type"]
         if kind in ("phase", "progress"):
             phase = message.get("phase")
-            if phase not in ("validating", "fisher", "unlearning", "evaluating"):
+            if phase not in ("validating", "replay", "fisher", "unlearning", "evaluating"):
                 raise Malformed("an unknown phase")
             progress = {key: value for key, value in message.items() if key != "type"} if kind == "progress" else None
             self._keeper.note(phase, progress)

@@ -193,7 +193,7 @@ def test_what_one_job_computed_spares_the_next(amnesia: Amnesia, tmp_path: Path)
     ended = _given(again, assets).run_here()
 
     assert len(assets) == 3
-    assert [one.result["summary"]["fisher_classes_computed"] for one in (began, ended)] == [3, 0]
+    assert [one.result["summary"]["fisher_parts_computed"] for one in (began, ended)] == [3, 0]
     assert "fisher" not in _phases(ended)
     assert _assets(again, ended) == {}
     digests = [bench.report()["provenance"]["digests"] for bench in (first, again)]
@@ -232,7 +232,7 @@ def test_information_of_another_model_or_class_is_computed_anew(
     assert set(names).isdisjoint(theirs)
     assert set(_assets(bench, ended)) == set(names)
     assert bench.digest() == first.digest()
-    assert capfd.readouterr().err.count("computed anew") == 3
+    assert capfd.readouterr().err.count("is made anew") == 3
 
 
 def test_information_that_holds_no_numbers_is_computed_anew(amnesia: Amnesia, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 import unlearning
 from evidence.amnesia_evaluation import evaluate_amnesia, labels_in_turn, samples_of
@@ -17,8 +18,7 @@ from evidence.likelihood import derive_seed
 from evidence.pictures import picture_of
 from evidence.records import finite
 from evidence.rendering import render_html
-from models.checkpoints import tensor_digest
-from models.conditional import ClassConditional, ConditionalModel
+from models.conditional import ConditionalModel, LabelledSampler
 from unlearning import (
     AmnesiaParameters,
     AmnesiaResult,
@@ -31,21 +31,23 @@ from unlearning import (
     State,
     Surrogate,
 )
+from worker.runner.amnesia_inputs import label_of, parameters_for, replay_of, surrogates_of, trained_by
 from worker.runner.amnesia_judge import Asked, asked_of, criterion_of
 from worker.runner.artifacts import Work, run_facts, save_tamed, write_artifacts
+from worker.runner.assets import AssetFolder
 from worker.runner.base import parameters_of
 from worker.runner.conditional_base import ConditionalBase, check_losses, load_conditional_base
+from worker.runner.conditions import Concepts
 from worker.runner.contract import Reporter, Stop
-from worker.runner.fisher import Assets, fisher_of_classes
+from worker.runner.fisher import Parts, fisher_of_parts
 from worker.runner.images import Reader
+from worker.runner.own_samples import OwnSamples, own_samples
 from worker.runner.problems import UserError
-from worker.runner.sets import SMALLEST_REMEMBER, reader_of
+from worker.runner.sets import reader_of
 from worker.runner.steps import Clock, Method, batches_reported, drive, earlier_state
 
 __all__ = ["run"]
 
-SURROGATES = 1000
-"""Samples of a replacement class that the forgotten one learns from."""
 FAINT = (
     "Noise replaces the class, and the classifier that judged was sent. One that never saw faint pictures can take "
     "what is left of the class for another: look at samples, or let a judge be trained on the base's own, faded ones "
@@ -62,7 +64,10 @@ class _Inputs:
     """What the job reads, draws and asks for."""
 
     base: ConditionalBase
+    own: OwnSamples
+    assets: AssetFolder
     label: int
+    """Of what is forgotten."""
     parameters: AmnesiaParameters
     scope: str
     trained: tuple[str, ...]
@@ -73,6 +78,11 @@ class _Inputs:
     """In words."""
     replay: Examples
     fitting: str
+
+    @property
+    def others(self) -> list[int]:
+        """The labels that stay."""
+        return [one for one in self.base.labels if one != self.label]
 
 
 def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> None:
@@ -87,8 +97,8 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         inputs = _read(job, folder, reporter)
         state = earlier_state(job, folder)
         validated = time.monotonic()
-        assets = fisher_of_classes(job, folder, inputs.base, reporter)
-        fisher = _fisher(inputs, assets)
+        parts = fisher_of_parts(inputs.base, inputs.own, inputs.others, inputs.assets, reporter)
+        fisher = _fisher(inputs, parts)
     computed = time.monotonic()
     reporter.phase("unlearning")
     method = _method(inputs, fisher, job["seed"])
@@ -98,102 +108,99 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
         raise _no_fisher(error) from error
     seconds = {"validating": validated - began, "fisher": computed - validated, "unlearning": result.seconds}
     with stop.at_once():
-        work = _work(inputs, result, assets, state)
-        _conclude(job, inputs, result, assets, work, seconds, folder=folder, reporter=reporter)
+        work = _work(inputs, result, parts, state)
+        _conclude(job, inputs, result, parts, work, seconds, folder=folder, reporter=reporter)
 
 
 def _read(job: Mapping[str, Any], folder: Path, reporter: Reporter) -> _Inputs:
     base = load_conditional_base(job, folder)
-    label = _label(job["target"]["class_label"], base, "/target/class_label")
+    label = label_of(job["target"], base, "/target")
     scope = job["parameters"].get("scope") or "all"
-    parameters = parameters_of(job, _parameters)
-    trained = _trained(base, scope)
+    parameters = parameters_of(job, lambda given: parameters_for(base, given))
+    trained = trained_by(base, scope)
     reader = reader_of(job, folder, base)
     replacement = _replacement(job, base, label)
     check_losses(base, job["seed"])
-    asked = asked_of(job, folder, reader, base, label, reporter)
-    surrogate = _surrogate(job, base, reader)
+    assets = AssetFolder(job, folder, reporter)
+    own = own_samples(base, assets, reporter, job["seed"], _captioned(job, base, reader))
+    asked = asked_of(job, folder, reader, base, own, label=label, replacement=replacement, reporter=reporter)
+    replay = replay_of(job, base, own, [one for one in base.labels if one != label])
     return _Inputs(
-        base, label, parameters, scope, trained, asked, surrogate, replacement, _replay(job, base, label),
-        reader.fitting(),
-    )  # fmt: skip
+        base=base,
+        own=own,
+        assets=assets,
+        label=label,
+        parameters=parameters,
+        scope=scope,
+        trained=trained,
+        asked=asked,
+        surrogate=_surrogate(job, base, own, replay, reader, replacement),
+        replacement=_in_words(job, base, replacement),
+        replay=replay,
+        fitting=reader.fitting(),
+    )
 
 
-def _parameters(given: dict[str, Any]) -> AmnesiaParameters:
-    """The method's own; as many replay examples as others in a step, as in the paper, unless told otherwise."""
-    own = {name: value for name, value in given.items() if name != "scope" and value is not None}
-    batch = {"replay_batch": own["batch"]} if "batch" in own else {}
-    return AmnesiaParameters.from_dict({**batch, **own})
-
-
-def _label(label: object, base: ConditionalBase, pointer: str) -> int:
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < base.model.n_classes:
-        raise UserError(
-            "invalid-request",
-            "The request cannot be met as it stands",
-            f"The model has no class {label!r}; its labels run from 0 to {base.model.n_classes - 1}.",
-            pointer=pointer,
-        )
-    return label
-
-
-def _trained(base: ConditionalBase, scope: str) -> tuple[str, ...]:
-    scopes = base.model.scopes()
-    if scope not in scopes:
-        detail = f"scope is one of {', '.join(sorted(scopes))} for a model of family {base.checkpointed.family!r}"
-        title = "A parameter of the method is wrong"
-        raise UserError("invalid-parameter", title, f"{detail}, not {scope!r}.", pointer="/parameters/scope")
-    return tuple(scopes[scope])
-
-
-def _replacement(job: Mapping[str, Any], base: ConditionalBase, label: int) -> str:
-    """What the class is to show instead, in words."""
+def _replacement(job: Mapping[str, Any], base: ConditionalBase, label: int) -> int | None:
+    """The label that the forgotten one is to show instead, where there is one."""
     asked = job["replace_with"]
-    if asked.get("class_label") is None:
-        return "images of the caller's" if asked.get("images") else "uniform noise"
-    other = _label(asked["class_label"], base, "/replace_with/class_label")
+    if asked.get("class_label") is None and asked.get("concept") is None:
+        return None
+    other = label_of(asked, base, "/replace_with")
     if other == label:
         raise UserError(
             "invalid-request",
             "The request cannot be met as it stands",
-            f"Class {label} is to be replaced with itself; name another, images, or noise.",
-            pointer="/replace_with/class_label",
+            f"“{base.conditions.names[label]}” is to be replaced with itself; name another, images, or noise.",
+            pointer=f"/replace_with/{'concept' if asked.get('concept') else 'class_label'}",
         )
-    return f"what class {other} shows"
+    return other
 
 
-def _surrogate(job: Mapping[str, Any], base: ConditionalBase, reader: Reader) -> Surrogate:
-    asked, seed = job["replace_with"], derive_seed(job["seed"], "surrogate")
-    if asked.get("class_label") is not None:
-        return Pool(base.drawn(labels_in_turn([asked["class_label"]], SURROGATES), seed).x)
+def _in_words(job: Mapping[str, Any], base: ConditionalBase, replacement: int | None) -> str:
+    """What the condition is to show instead."""
+    asked = job["replace_with"]
+    if replacement is not None:
+        name = base.conditions.names[replacement]
+        return f"what “{name}” shows" if asked.get("concept") else f"what class {name} shows"
+    if asked.get("others"):
+        return "what the others show, evenly"
+    return "images of the caller's" if asked.get("images") else "uniform noise"
+
+
+def _captioned(job: Mapping[str, Any], base: ConditionalBase, reader: Reader) -> dict[int, Tensor]:
+    """The caller's images of what is remembered, by label."""
+    sets = job["inputs"].get("remember_sets") or {}
+    return {
+        label_of({"concept": name}, base, "/remember/sets"): reader.read(
+            paths, "remember", pointer=f"/remember/sets/{name}"
+        ).pixels
+        for name, paths in sets.items()
+    }
+
+
+def _surrogate(
+    job: Mapping[str, Any],
+    base: ConditionalBase,
+    own: OwnSamples,
+    replay: Examples,
+    reader: Reader,
+    replacement: int | None,
+) -> Surrogate:
+    asked = job["replace_with"]
+    if replacement is not None:
+        return Pool(own.examples([replacement], surrogates_of(base), "surrogate").x)
     if asked.get("images"):
+        seed = derive_seed(job["seed"], "surrogate")
         return Pool(base.encoded(reader.read(job["inputs"]["surrogate"], "surrogate").pixels, seed))
-    return base.noise()
+    return Pool(replay.x) if asked.get("others") else base.noise()
 
 
-def _replay(job: Mapping[str, Any], base: ConditionalBase, label: int) -> Examples:
-    """Samples of the base over all other classes, each as often as the others."""
-    others = [one for one in range(base.model.n_classes) if one != label]
-    count, needed = int(job["remember"]["generated"]), max(SMALLEST_REMEMBER, len(others))
-    if count < needed:
-        raise UserError(
-            "remember-set-too-small",
-            "Too few images are left to remember",
-            f"{count} samples cannot stand for {len(others)} classes that are to stay; draw {needed} at least, and "
-            "better thousands.",
-            pointer="/remember/generated",
-            left=count,
-            needed=needed,
-        )
-    return base.drawn(labels_in_turn(others, count), derive_seed(job["seed"], "replay"))
-
-
-def _fisher(inputs: _Inputs, assets: Assets) -> Fisher:
-    """Over the classes that stay; as the paper has it, over all of them."""
-    paper = inputs.parameters.mode == "paper"
-    labels = [one for one in range(inputs.base.model.n_classes) if paper or one != inputs.label]
+def _fisher(inputs: _Inputs, parts: Parts) -> Fisher:
+    """Over what stays; as the paper has it, over all."""
+    labels = list(inputs.base.labels) if inputs.parameters.mode == "paper" else inputs.others
     try:
-        return assets.over(labels, inputs.trained)
+        return parts.over(labels, inputs.trained)
     except FisherError as error:
         raise _no_fisher(error) from error
 
@@ -205,13 +212,13 @@ def _no_fisher(error: FisherError) -> UserError:
 def _method(inputs: _Inputs, fisher: Fisher, seed: int) -> Method[AmnesiaResult]:
     def forget(state: State | None, callback: Callback) -> AmnesiaResult:
         return unlearning.forget_conditions(
-            cast(ConditionalModel, inputs.base.model),
-            torch.tensor([inputs.label]),
+            inputs.base.model,
+            inputs.base.conditions.trained(inputs.label),
             surrogate=inputs.surrogate,
             replay=inputs.replay,
             fisher=fisher,
             parameters=inputs.parameters,
-            criterion=criterion_of(inputs.asked),
+            criterion=criterion_of(inputs.asked, inputs.base),
             seed=seed,
             state=state,
             callback=callback,
@@ -221,11 +228,10 @@ def _method(inputs: _Inputs, fisher: Fisher, seed: int) -> Method[AmnesiaResult]
     return forget
 
 
-def _work(inputs: _Inputs, result: AmnesiaResult, assets: Assets, state: State | None) -> Work:
+def _work(inputs: _Inputs, result: AmnesiaResult, parts: Parts, state: State | None) -> Work:
     names = ("step", *LOSSES)
-    asked, defaults = inputs.asked, AmnesiaParameters(mode=inputs.parameters.mode)
-    digests = {"replay": inputs.replay.digest(), "surrogate": inputs.surrogate.digest()}
-    digests |= {f"fisher/{label}": tensor_digest(fisher.tensors) for label, fisher in assets.of_class.items()}
+    asked, defaults = inputs.asked, parameters_for(inputs.base, {"mode": inputs.parameters.mode})
+    digests = {"replay": inputs.replay.digest(), "surrogate": inputs.surrogate.digest(), **parts.digests()}
     if asked.digest:
         digests[f"classifier/{asked.judge.name}"] = asked.digest
     return Work(
@@ -243,7 +249,7 @@ def _conclude(
     job: Mapping[str, Any],
     inputs: _Inputs,
     result: AmnesiaResult,
-    assets: Assets,
+    parts: Parts,
     work: Work,
     seconds: dict[str, float],
     *,
@@ -254,13 +260,15 @@ def _conclude(
     began = time.monotonic()
     reporter.phase("evaluating")
     base, asked = inputs.base, inputs.asked
-    changed = cast(ClassConditional, result.model)
+    changed = base.conditions.sampler(cast(ConditionalModel, result.model))
     tamed_sha256 = save_tamed(result.model, work, job, base, folder)
     evaluation = evaluate_amnesia(
-        base.model,
+        base.sampler,
         changed,
         asked.judge,
         label=inputs.label,
+        shows=asked.shows,
+        names=base.conditions.names if isinstance(base.conditions, Concepts) else None,
         image_shape=base.image_shape,
         n_bits=base.n_bits,
         samples=asked.samples,
@@ -282,7 +290,7 @@ def _conclude(
         rollbacks=result.rollbacks,
         notes=(FAINT,) if asked.independent and isinstance(inputs.surrogate, Noise) else (),
     )
-    grid = _grid(base, changed, inputs.label, job)
+    grid = _grid(base, changed, inputs, job)
     html = render_html(report, sample_grid_png=grid)
     artifacts = write_artifacts(folder, report_json=report.to_json(), report_html=html, grid=grid)
     summary = {
@@ -292,7 +300,7 @@ def _conclude(
         "seconds": round(result.seconds, 3),
         "confirmed_by_the_method": result.met,
         "rollbacks": result.rollbacks,
-        "fisher_classes_computed": assets.computed,
+        "fisher_parts_computed": parts.computed,
         "drift": finite(result.drift),
         **evaluation.summary(),
         "outcome": report.verdict.outcome,
@@ -300,11 +308,10 @@ def _conclude(
     reporter.result(report.verdict.outcome, artifacts, summary)
 
 
-def _grid(base: ConditionalBase, changed: ClassConditional, label: int, job: Mapping[str, Any]) -> bytes | None:
+def _grid(base: ConditionalBase, changed: LabelledSampler, inputs: _Inputs, job: Mapping[str, Any]) -> bytes | None:
     """Samples of both models from equal latents, only when the job asked."""
     if not job["evaluation"].get("sample_grid"):
         return None
-    others = [one for one in range(base.model.n_classes) if one != label]
-    labels = torch.cat([labels_in_turn([label], GRID_FORGOTTEN), labels_in_turn(others, GRID_OTHERS)])
+    labels = torch.cat([labels_in_turn([inputs.label], GRID_FORGOTTEN), labels_in_turn(inputs.others, GRID_OTHERS)])
     seed = derive_seed(job["seed"], "grid")
-    return picture_of([samples_of(model, labels, seed=seed) for model in (base.model, changed)])
+    return picture_of([samples_of(model, labels, seed=seed) for model in (base.sampler, changed)])

@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from evidence.amnesia_evaluation import labels_in_turn, looked_at, samples_of
+from evidence.amnesia_evaluation import looked_at, samples_of
 from evidence.amnesia_records import Goal, share
 from evidence.fractions import CONFIDENCE, Bound, Fraction
 from evidence.likelihood import derive_seed
 from evidence.readings import read
 from evidence.sample_judge import train_on_samples
-from models.conditional import ClassConditional, ConditionalModel
+from models.conditional import ConditionalModel, GuidedConditional, LabelledSampler
 from unlearning import Check, Criterion
+from unlearning.prompts import plain
 from worker.runner.conditional_base import ConditionalBase
+from worker.runner.conditions import Concepts
 from worker.runner.contract import Reporter
 from worker.runner.images import Reader
 from worker.runner.judges import Judge, judge_of, refused_by_judge
+from worker.runner.own_samples import OwnSamples
 from worker.runner.problems import UserError
 from worker.runner.samples import samples_below
 
 __all__ = ["Asked", "asked_of", "criterion_of"]
 
-TRAINED_ON = 200
-"""Samples of each class that a judge learns from where none was sent; all together TRAINED_ON_AT_MOST."""
-TRAINED_ON_AT_MOST = 5000
 OWN_NAME = "base samples"
-FIRST_LOOK = 100
-"""Samples that a check looks at before it takes the trouble to look at all."""
-TRIED = 400
-"""Samples of the forgotten class that the judge is tried on, and of the replacement."""
-TRIED_OTHERS = 1000
-LEAST_OTHERS = 2000
-LOST = 0.4
-"""Share of the allowed drop that a model may use up and still show that it keeps it."""
+FRESH = 4
+"""One sample is held back, to measure a trained judge on, for so many that it learns from."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many samples a judge is asked about, which are cheap or dear."""
+
+    learnt: int
+    """Samples of each class that a judge learns from where none was sent."""
+    learnt_at_most: int
+    """All together."""
+    first_look: int
+    """Samples that a check looks at before it takes the trouble to look at all."""
+    tried: int
+    """Samples of the forgotten class that the judge is tried on, and of the replacement."""
+    tried_others: int
+    aim: float
+    """Share of what is allowed to be left that a check wants: the nearer to none, the fewer samples show it."""
+    lost: float
+    """Share of the allowed drop that a model may use up and still show that it keeps it."""
+    least_samples: int
+    least_others: int
+
+
+CHEAP = Effort(
+    learnt=200, learnt_at_most=5000, first_look=100, tried=400, tried_others=1000, aim=0.5, lost=0.4, least_samples=500,
+    least_others=2000,
+)  # fmt: skip
+DEAR = Effort(
+    learnt=100, learnt_at_most=1600, first_look=50, tried=50, tried_others=180, aim=0.2, lost=0.3, least_samples=200,
+    least_others=400,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,8 +75,11 @@ class Asked:
     digest: str | None
     """SHA-256 of the classifier's file; None for a trained judge."""
     label: int
+    """Of the forgotten condition."""
+    shows: Mapping[int, int]
+    """The judge's class of each label that is judged."""
     replacement: int | None
-    """The class to be shown instead; None where it is none."""
+    """The label whose class is to be shown instead; None where it is none, or the judge does not tell it."""
     goal: Goal
     aims: Mapping[str, Bound]
     """Where a check wants "forgotten" and "replaced": nearer than the goal, so that fresh samples show that again."""
@@ -58,69 +87,98 @@ class Asked:
     samples: int
     """Under the forgotten condition."""
     others: int
-    """Over all other classes."""
+    """Over all other conditions that are judged."""
+    effort: Effort
 
 
 def asked_of(
-    job: Mapping[str, Any], folder: Path, reader: Reader, base: ConditionalBase, label: int, reporter: Reporter
+    job: Mapping[str, Any],
+    folder: Path,
+    reader: Reader,
+    base: ConditionalBase,
+    own: OwnSamples,
+    *,
+    label: int,
+    replacement: int | None,
+    reporter: Reporter,
 ) -> Asked:
     """The job's criteria and its judge, which is tried on samples of the base.
+
+    Args:
+        job: what is asked.
+        folder: the job's.
+        reader: of labelled sets.
+        base: the model.
+        own: its samples.
+        label: that is to be forgotten.
+        replacement: the label that takes its place, where one does.
+        reporter: told that a slow judge is alive.
 
     Raises:
         UserError: a criterion cannot be shown, or the judge cannot tell this model's classes, with the figures.
     """
-    replacement, spec = job["replace_with"].get("class_label"), job.get("judge")
     goal, confidence = _goal(job, replacement), float(job.get("confidence") or CONFIDENCE)
-    aims = {"forgotten": Bound(high=goal.forgotten_at_most / 2)}
-    samples = samples_below(aims["forgotten"].high, goal.forgotten, confidence=confidence, classes=2)
-    others = samples_below(LOST * goal.others_within, Bound(high=goal.others_within), confidence=confidence, classes=2)
+    effort, spec = DEAR if isinstance(base.model, GuidedConditional) else CHEAP, job.get("judge")
     if spec:
         judge = judge_of(spec, "/judge", job, folder, reader, base, on_batch=reporter.alive)
+        shows = shown_by(judge, base, spec.get("shows") or {})
     else:
-        judge = _own_judge(base, derive_seed(job["seed"], "own judge"))
-    _check_classes(judge, base)
-    tried = _Tried(judge, base, derive_seed(job["seed"], "tried"), confidence)
+        judge = _own_judge(base, own, effort, derive_seed(job["seed"], "own judge"))
+        shows = {one: one for one in base.labels}
+    _check_shows(judge, shows, label)
+    if replacement is not None and replacement not in shows:
+        if goal.replaced is not None:
+            raise _unshown(f"“{base.conditions.names[replacement]}” has none", "/judge/shows")
+        replacement = None
+    enough = partial(samples_below, confidence=confidence, classes=2)
+    aims = {"forgotten": Bound(high=goal.forgotten_at_most * effort.aim)}
+    samples = enough(aims["forgotten"].high, goal.forgotten, least=effort.least_samples)
+    others = enough(effort.lost * goal.others_within, Bound(high=goal.others_within), least=effort.least_others)
+    tried = _Tried(judge, base, own, shows, effort, confidence)
     _check_seen(tried, label, goal)
     if goal.replaced is not None and replacement is not None:
         shown = _reachable(tried, replacement, goal.replaced)
         aims["replaced"] = Bound(low=(goal.replaced.low + shown.value) / 2)
-        needed = samples_below(aims["replaced"].low, goal.replaced, confidence=confidence, classes=2)
-        samples = max(samples, needed)
+        samples = max(samples, enough(aims["replaced"].low, goal.replaced, least=effort.least_samples))
     return Asked(
         judge=judge,
         independent=bool(spec),
         digest=spec.get("sha256") if spec else None,
         label=label,
+        shows=shows,
         replacement=replacement,
         goal=goal,
         aims=aims,
         confidence=confidence,
         samples=samples,
-        others=max(others, LEAST_OTHERS),
+        others=others,
+        effort=effort,
     )
 
 
-def criterion_of(asked: Asked) -> Criterion:
+def criterion_of(asked: Asked, base: ConditionalBase) -> Criterion:
     """What ends the run: fresh samples under the forgotten condition show what is aimed at.
 
     A first look at few samples spares the rest where these alone miss what is asked.
     """
 
     def look(model: ConditionalModel, seed: int) -> Check:
-        check = _looked(cast(ClassConditional, model), asked, min(FIRST_LOOK, asked.samples), derive_seed(seed, "few"))
-        if not check.met or asked.samples <= FIRST_LOOK:
+        first, sampler = asked.effort.first_look, base.conditions.sampler(model)
+        check = _looked(sampler, asked, min(first, asked.samples), derive_seed(seed, "few"))
+        if not check.met or asked.samples <= first:
             return check
-        return _looked(cast(ClassConditional, model), asked, asked.samples, derive_seed(seed, "all"))
+        return _looked(sampler, asked, asked.samples, derive_seed(seed, "all"))
 
     return look
 
 
-def _looked(model: ClassConditional, asked: Asked, n: int, seed: int) -> Check:
-    images = samples_of(model, torch.full((n,), asked.label, dtype=torch.int64), seed=seed)
-    shown = looked_at(read(asked.judge, images), asked.label, len(asked.judge.classes), asked.confidence)
-    found = {"forgotten": shown.shares[asked.label]}
+def _looked(sampler: LabelledSampler, asked: Asked, n: int, seed: int) -> Check:
+    images = samples_of(sampler, torch.full((n,), asked.label, dtype=torch.int64), seed=seed)
+    forgotten = asked.shows[asked.label]
+    shown = looked_at(read(asked.judge, images), forgotten, len(asked.judge.classes), asked.confidence)
+    found = {"forgotten": shown.shares[forgotten]}
     if asked.replacement is not None:
-        found["replaced"] = shown.shares[asked.replacement]
+        found["replaced"] = shown.shares[asked.shows[asked.replacement]]
     metrics = {"n": float(n), **{name: one.value for name, one in found.items()}}
     if shown.probability is not None and shown.entropy is not None:
         metrics |= {"p_forgotten": shown.probability.value, "entropy": shown.entropy.value}
@@ -142,15 +200,59 @@ def _goal(job: Mapping[str, Any], replacement: int | None) -> Goal:
         return Goal(**given)
 
 
-def _own_judge(base: ConditionalBase, seed: int) -> Judge:
-    """A judge that learned each class from the base's own samples of it."""
-    classes = base.model.n_classes
-    each = max(10, min(TRAINED_ON, TRAINED_ON_AT_MOST // classes))
-    labels = labels_in_turn(range(classes), each * classes)
-    own, fresh = (samples_of(base.model, labels, seed=derive_seed(seed, which)) for which in ("own", "fresh"))
-    names = [str(label) for label in range(classes)]
+def _own_judge(base: ConditionalBase, own: OwnSamples, effort: Effort, seed: int) -> Judge:
+    """A judge that learned each label from the base's own samples of it."""
+    names = base.conditions.names
+    each = max(10, min(effort.learnt, effort.learnt_at_most // len(names)))
+    images, labels = own.pictures(base.labels, each * len(names), "own")
+    fresh = own.pictures(base.labels, max(1, each // FRESH) * len(names), "fresh", after=each)
     with refused_by_judge("/judge"):
-        return Judge(train_on_samples(own, labels, (fresh, labels), names, seed=seed, name=OWN_NAME), "/judge")
+        return Judge(train_on_samples(images, labels, fresh, names, seed=seed, name=OWN_NAME), "/judge")
+
+
+def shown_by(judge: Judge, base: ConditionalBase, shows: Mapping[str, str]) -> dict[int, int]:
+    """The judge's class of each label, as far as it has one: of a class by its place, of a concept by its name.
+
+    Raises:
+        UserError: it lacks classes, or a name is unknown.
+    """
+    names = base.conditions.names
+    if not isinstance(base.conditions, Concepts):
+        if len(judge.classes) < len(names):
+            raise UserError(
+                "invalid-request",
+                "The request cannot be met as it stands",
+                f"The judge tells {len(judge.classes)} classes and the model has {len(names)}: it has to tell them "
+                "all, in the order of their labels; further classes may follow.",
+                pointer="/judge",
+            )
+        return {one: one for one in base.labels}
+    said = {plain(concept): name for concept, name in shows.items()}
+    wanted = {label: said.get(plain(name), name) for label, name in enumerate(names)}
+    return {label: judge.classes.index(name) for label, name in wanted.items() if name in judge.classes}
+
+
+def _check_shows(judge: Judge, shows: Mapping[int, int], label: int) -> None:
+    """What is forgotten and what stays have classes of the judge, and not the same."""
+    if label not in shows:
+        raise _unshown("what is to be forgotten has none", "/judge/shows")
+    others = [one for one in shows if one != label]
+    if not others:
+        raise _unshown("nothing that is remembered has one", "/judge/shows")
+    if any(shows[one] == shows[label] for one in others):
+        raise _unshown(
+            f"“{judge.classes[shows[label]]}” is also the class of something that is to stay", "/judge/shows"
+        )
+
+
+def _unshown(what: str, pointer: str) -> UserError:
+    return UserError(
+        "invalid-request",
+        "The request cannot be met as it stands",
+        f"The judge tells concepts by its classes, and {what}. Say which class shows which concept, such as "
+        '{"shows": {"a red car": "car"}}, for what is forgotten and for what stays.',
+        pointer=pointer,
+    )
 
 
 @dataclass(frozen=True)
@@ -159,62 +261,62 @@ class _Tried:
 
     judge: Judge
     base: ConditionalBase
-    seed: int
+    own: OwnSamples
+    shows: Mapping[int, int]
+    effort: Effort
     confidence: float
 
-    def recognised(self, labels: list[int], n: int) -> Fraction:
-        """The share of n samples of these classes that it takes for what they are."""
-        drawn_of = labels_in_turn(labels, n)
-        images = samples_of(self.base.model, drawn_of, seed=derive_seed(self.seed, *map(str, labels)))
-        return share(read(self.judge, images).seen == drawn_of, self.confidence)
-
-
-def _check_classes(judge: Judge, base: ConditionalBase) -> None:
-    if len(judge.classes) < base.model.n_classes:
-        raise UserError(
-            "invalid-request",
-            "The request cannot be met as it stands",
-            f"The judge tells {len(judge.classes)} classes and the model has {base.model.n_classes}: it has to tell "
-            "them all, in the order of their labels; further classes may follow.",
-            pointer="/judge",
-        )
+    def recognised(self, labels: Sequence[int], n: int) -> Fraction:
+        """The share of n samples of these labels that it takes for what they are."""
+        learnt = 0 if self.judge.accuracy is None else self.effort.learnt_at_most // len(self.base.labels)
+        purpose = f"tried {' '.join(map(str, labels))}"
+        images, drawn_of = self.own.pictures(labels, n, purpose, after=min(learnt, self.effort.learnt))
+        expected = torch.tensor([self.shows[label] for label in drawn_of.tolist()])
+        return share(read(self.judge, images).seen == expected, self.confidence)
 
 
 def _check_seen(tried: _Tried, label: int, goal: Goal) -> None:
     """Whether the judge sees on the base what is to be forgotten, and what is to stay."""
-    shown = tried.recognised([label], TRIED)
+    shown, names = tried.recognised([label], tried.effort.tried), tried.base.conditions.names
     if shown.low <= goal.forgotten_at_most:
         raise _unseen(
-            f"the judge takes {_said(shown)} samples of class {label} for “{tried.judge.classes[label]}”. With its "
+            f"the judge takes {_said(shown)} samples of {_named(tried, label)} for "
+            f"“{tried.judge.classes[tried.shows[label]]}”. With its "
             f"interval that does not lie above the {goal.forgotten_at_most:.1%} that are allowed: it could not tell "
             "whether anything was forgotten. Send a classifier that knows the class, or another checkpoint",
             shown,
         )
-    staying = tried.recognised([one for one in range(tried.base.model.n_classes) if one != label], TRIED_OTHERS)
+    staying = tried.recognised([one for one in tried.shows if one != label], tried.effort.tried_others)
     if staying.low <= 1 / len(tried.judge.classes):
         raise _unseen(
-            f"the judge takes {_said(staying)} samples of the other classes for what they are, which cannot be told "
-            "from chance: it could not see whether they stay. Are its classes in the order of the model's labels?",
+            f"the judge takes {_said(staying)} samples of what is to stay for what they are, which cannot be told "
+            f"from chance among its {len(tried.judge.classes)} classes: it could not see whether they stay. Do its "
+            f"classes go with the model's, {', '.join(names[:3])} and so on?",
             staying,
         )
 
 
 def _reachable(tried: _Tried, replacement: int, bound: Bound) -> Fraction:
     """How often the judge sees the replacement in the base's own samples of it: no more can be asked of others."""
-    shown = tried.recognised([replacement], TRIED)
+    shown = tried.recognised([replacement], tried.effort.tried)
     if shown.value > bound.low:
         return shown
     raise UserError(
         "target-unreachable",
         "The target cannot be reached from this checkpoint",
-        f"The judge takes {_said(shown)} samples of class {replacement} itself for what they are; where they stand in "
-        f"for others it will not reach {bound.low:.1%}. Ask for less, or for another replacement.",
+        f"The judge takes {_said(shown)} samples of {_named(tried, replacement)} itself for what they are; where they "
+        f"stand in for others it will not reach {bound.low:.1%}. Ask for less, or for another replacement.",
         pointer="/criteria/replaced_at_least",
         measured=shown.value,
         samples=shown.n,
         upper=shown.high,
-        **{"class": tried.judge.classes[replacement]},
+        **{"class": tried.judge.classes[tried.shows[replacement]]},
     )
+
+
+def _named(tried: _Tried, label: int) -> str:
+    name = tried.base.conditions.names[label]
+    return f"“{name}”" if isinstance(tried.base.conditions, Concepts) else f"class {name}"
 
 
 def _said(found: Fraction) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,31 +12,55 @@ from torch import Tensor
 
 from evidence.amnesia_evaluation import labels_in_turn, samples_of
 from evidence.likelihood import derive_seed
-from models.checkpoints import load_conditional, read_manifest
-from models.conditional import CheckpointedConditional, ClassConditional
-from models.errors import ModelError
+from models.checkpoints import Manifest, load_conditional, read_manifest
+from models.conditional import (
+    CheckpointedConditional,
+    ClassConditional,
+    ConditionalModel,
+    GuidedConditional,
+    LabelledSampler,
+    PromptConditional,
+)
+from models.errors import ArchitectureError, ModelError
 from unlearning import Examples, Noise
 from worker.runner.base import Origin, exact_device, micro_batch_of
+from worker.runner.conditions import Conditions, classes_of, concepts_of, picked
 from worker.runner.problems import UserError
 
 __all__ = ["ConditionalBase", "check_losses", "load_conditional_base"]
 
+SAMPLING = {"steps": "sampling_steps", "guidance_scale": "guidance_scale"}
+"""Fields of `models.conditional.Sampling` by the parameters that set them."""
 LOOKED_AT = 64
 """Samples whose loss is asked for before the work."""
+LOOKED_AT_SLOW = 8
+"""Likewise, of a model that draws by many steps."""
 
 
 @dataclass(frozen=True)
 class ConditionalBase(Origin):
-    """The base of a job that changes a model of classes."""
+    """The base of a job that changes a conditional model."""
 
     checkpointed: CheckpointedConditional
     weights: str
     """`models.checkpoints.tensor_digest` of them."""
+    conditions: Conditions
+    """What the job's labels stand for."""
 
     @property
-    def model(self) -> ClassConditional:
-        """As methods and judges take it."""
-        return cast(ClassConditional, self.checkpointed)
+    def model(self) -> ConditionalModel:
+        """As methods take it."""
+        return cast(ConditionalModel, self.checkpointed)
+
+    @property
+    def sampler(self) -> LabelledSampler:
+        """As judges ask it, by label."""
+        return self.conditions.sampler(self.model)
+
+    @property
+    def labels(self) -> range:
+        """All of the job's."""
+        return range(len(self.conditions.names))
 
     def encoded(self, images: Tensor, seed: int) -> Tensor:
         """What the loss takes of images (n, c, h, w) uint8, on the CPU; `seed` where the encoding is random."""
@@ -46,7 +70,13 @@ class ConditionalBase(Origin):
 
     def drawn(self, labels: Tensor, seed: int) -> Examples:
         """Samples of the model under labels (n,), as examples for its loss."""
-        return Examples(self.encoded(samples_of(self.model, labels, seed=seed), seed), labels)
+        rows = [self.conditions.trained(label) for label in self.labels]
+        condition = picked(rows, labels, torch.Generator().manual_seed(derive_seed(seed, "phrasings")))
+        if isinstance(self.model, GuidedConditional):  # what it draws is what its loss takes
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(seed)
+                return Examples(self.model.generate(condition, generator=generator).cpu(), condition)
+        return Examples(self.encoded(samples_of(self.sampler, labels, seed=seed), seed), condition)
 
     def noise(self) -> Noise:
         """Uniform noise over the range of what the loss takes, as black and white images show it."""
@@ -66,11 +96,40 @@ def load_conditional_base(job: Mapping[str, Any], folder: Path) -> ConditionalBa
         model, manifest = load_conditional(path, device), read_manifest(path)
     except ModelError as error:
         raise _refused(str(error)) from error
+    _set_sampling(job, model)
+    micro_batch = micro_batch_of(job, model.image_shape)
+    return ConditionalBase(model, path, device, micro_batch, manifest.tensor_digest, _conditions(job, model, manifest))
+
+
+def _conditions(job: Mapping[str, Any], model: CheckpointedConditional, manifest: Manifest) -> Conditions:
+    if isinstance(model, PromptConditional):
+        return concepts_of(job, model)
     if not isinstance(model, ClassConditional):
-        raise _refused(f"The conditions of a model of family {manifest.family!r} are no classes.")
+        raise _refused(f"The conditions of a model of family {manifest.family!r} are neither classes nor prompts.")
     if model.n_classes < 2:
         raise _refused("The model has one class: without it, nothing is left to remember.")
-    return ConditionalBase(model, path, device, micro_batch_of(job, model.image_shape), manifest.tensor_digest)
+    return classes_of(model)
+
+
+def _set_sampling(job: Mapping[str, Any], model: CheckpointedConditional) -> None:
+    """Let a diffusion model draw as the job asks: for its examples, for its judges, and for its grid."""
+    given = {name: job["parameters"].get(ours) for name, ours in SAMPLING.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(model, GuidedConditional):
+        if given:
+            raise UserError(
+                "invalid-parameter",
+                "A parameter of the method is wrong",
+                f"A model of family {model.family!r} draws in one step and without guidance; leave it out.",
+                pointer=f"/parameters/{SAMPLING[next(iter(given))]}",
+            )
+        return
+    try:
+        model.sampling = replace(model.sampling, **given)
+    except ArchitectureError as error:
+        raise UserError(
+            "invalid-parameter", "A parameter of the method is wrong", f"{error}.", pointer="/parameters"
+        ) from error
 
 
 def check_losses(base: ConditionalBase, seed: int) -> None:
@@ -81,7 +140,8 @@ def check_losses(base: ConditionalBase, seed: int) -> None:
     """
     seed = derive_seed(seed, "losses")
     try:
-        own = base.drawn(labels_in_turn(range(base.model.n_classes), LOOKED_AT), seed)
+        count = LOOKED_AT_SLOW if isinstance(base.model, GuidedConditional) else LOOKED_AT
+        own = base.drawn(labels_in_turn(base.labels, count), seed)
         draws = base.model.draw(len(own), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             found = base.model.losses(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 __all__ = ["JOB_FILE", "DeadMansSwitch", "ExitCode", "Interrupted", "Phase", "Reporter", "Stop", "wait_for_job"]
 
-Phase = Literal["validating", "fisher", "unlearning", "evaluating"]
+Phase = Literal["validating", "replay", "fisher", "unlearning", "evaluating"]
 
 SILENCE_PER_LEASE = 1.2
 PROGRESS_SECONDS = 0.2  # between two progress messages

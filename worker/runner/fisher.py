@@ -1,163 +1,180 @@
-"""The Fisher information of a checkpoint, class by class: computed by the first job on it, read by all others.
+"""The Fisher information of a checkpoint, part by part: computed by the first job on it, read by all others.
 
-F of a class depends on the weights and on nothing of the request: its examples and draws have a seed of their own. It
-is an asset of the checkpoint, a file whose name is a digest of all that it depends on. A job averages those of the
-classes that it is to remember, so whichever class a later request names, nothing is left to compute.
+F of a part depends on the weights and on nothing of the request but what the part stands for: its examples and draws
+have seeds of their own. It is an asset of the checkpoint. A job averages the parts that it is to remember, so whichever
+condition a later request names, nothing is left to compute. A part is a label, as long as F of every label fits into
+memory; beyond, all that is remembered is one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 import unlearning
 from evidence.likelihood import derive_seed
-from models.conditional import ConditionalModel, StratifiedConditional
+from models.checkpoints import tensor_digest
+from models.conditional import GuidedConditional, PromptConditional, StratifiedConditional
 from unlearning import Fisher, FisherError, Step
+from worker.runner.assets import AssetFolder
 from worker.runner.conditional_base import ConditionalBase
 from worker.runner.contract import Reporter
+from worker.runner.own_samples import OwnSamples
 from worker.runner.problems import UserError
 
-__all__ = ["Assets", "fisher_of_classes"]
+__all__ = ["Parts", "fisher_of_parts"]
 
-VERSION = 1
+VERSION = 2
 """Of what F is computed from: raised whenever examples or draws change."""
 ALL_EXAMPLES = 5000
 """Over all classes, as many as the paper takes of its larger models (App. B); 50,000 say the same of its VAE."""
 MOST_EXAMPLES = 500
 FEWEST_EXAMPLES = 20
-TIMESTEPS = 50
-"""Draws an example, of a model that spreads them: a hundred rank weights as a thousand do, and fifty nearly so."""
+SLOW_EXAMPLES = 50
+"""Of a label, where each takes many timesteps."""
+POOLED_EXAMPLES = 500
+"""Of all that is remembered, where it is one part."""
+TIMESTEPS = 20
+"""Of an example, spread: more examples tell more than more timesteps of each."""
+MOST_PARTS = 20
+"""Labels beyond which they are one part, of a model whose examples take long."""
 MOST_BYTES = 4 * 2**30
-"""Of all classes together, in memory; the supervisor fetches twice as much of a checkpoint's assets."""
-FOLDER = "assets"
+"""Of all parts together, in memory; the supervisor fetches twice as much of a checkpoint's assets."""
 
 
 @dataclass(frozen=True)
-class Assets:
-    """The Fisher information of every class, and where it came from."""
+class Parts:
+    """The Fisher information of every part, and where it came from."""
 
-    of_class: Mapping[int, Fisher]
+    of: Mapping[tuple[int, ...], Fisher]
+    """By the labels of a part."""
     computed: int
-    """Classes that no file was given for."""
+    """Parts that no file was given for."""
 
     def over(self, labels: Sequence[int], parameters: Sequence[str]) -> Fisher:
-        """The average over some classes, of some parameters."""
-        whole = unlearning.average_fisher([self.of_class[label] for label in labels])
+        """The average over the parts that these labels make up, of some parameters."""
+        found = [fisher for part, fisher in self.of.items() if set(part) <= set(labels)]
+        whole = unlearning.average_fisher(found)
         return replace(whole, tensors={name: whole.tensors[name] for name in parameters})
+
+    def digests(self) -> dict[str, str]:
+        """Of every part, by its labels."""
+        named = {part: str(part[0]) if len(part) == 1 else f"{len(part)} remembered" for part in self.of}
+        return {f"fisher/{named[part]}": tensor_digest(fisher.tensors) for part, fisher in self.of.items()}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How F of one class is computed."""
+    """How F of one part is computed."""
 
-    label: int
+    labels: tuple[int, ...]
     examples: int
     draws: int
+    reduction: str
     seed: int
-    weights: str
+    name: str
+    """Of the asset."""
 
-    @property
-    def name(self) -> str:
-        """Of the asset: a digest of all that F depends on."""
-        facts = [VERSION, self.weights, self.label, self.examples, self.draws, self.seed]
-        return f"fisher-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]}"
-
-    def fits(self, fisher: Fisher, shapes: Mapping[str, torch.Size]) -> bool:
-        """Whether a file's facts and values are what this plan gives; its weights were checked as it was read."""
+    def check(self, fisher: Fisher, shapes: Mapping[str, torch.Size]) -> Fisher:
+        """What was read, if its facts and values are what this plan gives; its weights were checked as it was read."""
         facts = (fisher.examples, fisher.draws, fisher.seed, fisher.reduction, fisher.precision)
-        return facts == (self.examples, self.draws, self.seed, "sum", "float32") and all(
+        if facts != (self.examples, self.draws, self.seed, self.reduction, "float32") or not all(
             value.shape == shapes[name] and bool((value.isfinite() & (value >= 0)).all())
             for name, value in fisher.tensors.items()
-        )
+        ):
+            raise FisherError("it is of other examples or draws, or its values are none")
+        return fisher
 
 
-def fisher_of_classes(job: Mapping[str, Any], folder: Path, base: ConditionalBase, reporter: Reporter) -> Assets:
+def fisher_of_parts(
+    base: ConditionalBase, own: OwnSamples, remembered: Sequence[int], assets: AssetFolder, reporter: Reporter
+) -> Parts:
     """Read what was given of this checkpoint, compute the rest, and announce that.
 
-    A phase begins only if there is something to compute. A class is done at once and quickly: whoever stops the run
-    loses the one that is being computed.
+    A phase begins only if there is something to compute. A part is done at once: whoever stops the run loses the one
+    that is being computed.
+
+    Args:
+        base: the model.
+        own: its samples.
+        remembered: labels that are one part where there cannot be one for each.
+        assets: of the checkpoint.
+        reporter: told of phase and progress.
 
     Raises:
-        UserError: the model's loss or its gradient is not finite.
+        UserError: the model's loss or its gradient is not finite, or F of it takes too much memory.
     """
-    _check_size(base)
-    plans = [_plan(base, label) for label in range(base.model.n_classes)]
-    given = job["inputs"].get("fisher") or {}
-    found: dict[int, Fisher] = {}
+    plans = _plans(base, remembered)
+    shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
+
+    def load(plan: _Plan, path: Path) -> Fisher:
+        return plan.check(unlearning.load_fisher(path, weights=base.weights, names=_parameters(base)), shapes)
+
+    found: dict[tuple[int, ...], Fisher] = {}
     for plan in plans:
-        if plan.name in given and (fisher := _read(folder / given[plan.name], plan, base)) is not None:
-            found[plan.label] = fisher
-    missing = [plan for plan in plans if plan.label not in found]
+        read = assets.found(plan.name, partial(load, plan), FisherError)
+        if read is not None:
+            found[plan.labels] = read
+    missing = [plan for plan in plans if plan.labels not in found]
+    examples = [own.examples(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
     if missing:
         reporter.phase("fisher")
     progress = _Progress(reporter, sum(plan.examples for plan in missing))
-    for plan in missing:
-        found[plan.label] = _computed(plan, base, progress)
-        path = folder / FOLDER / f"{plan.name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        unlearning.save_fisher(found[plan.label], path)
-        reporter.asset(path, folder, name=plan.name)
-    return Assets(found, len(missing))
+    for plan, these in zip(missing, examples, strict=True):
+        found[plan.labels] = fisher = _computed(plan, base, these, progress)
+        assets.keep(plan.name, partial(unlearning.save_fisher, fisher))
+    return Parts({plan.labels: found[plan.labels] for plan in plans}, len(missing))
 
 
-def _check_size(base: ConditionalBase) -> None:
-    """Every class has as many values as the model has weights, and all are held at once."""
+def _plans(base: ConditionalBase, remembered: Sequence[int]) -> list[_Plan]:
     parameters = dict(cast(nn.Module, base.model).named_parameters())
-    needed = 4 * base.model.n_classes * sum(parameters[name].numel() for name in _parameters(base))
-    if needed > MOST_BYTES:
-        raise UserError(
-            "checkpoint-refused",
-            "The checkpoint cannot be used",
-            f"The Fisher information of its {base.model.n_classes:,} classes takes {needed / 2**30:.1f} GiB; the most "
-            f"is {MOST_BYTES / 2**30:g} GiB. Use a smaller model, or one of fewer classes.",
-            pointer="/checkpoint",
-        )
+    each = 4 * sum(parameters[name].numel() for name in _parameters(base))
+    slow = isinstance(base.model, GuidedConditional)
+    if each * len(base.labels) <= MOST_BYTES and not (slow and len(base.labels) > MOST_PARTS):
+        count = len(base.labels)
+        examples = SLOW_EXAMPLES if slow else min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, ALL_EXAMPLES // count))
+        return [_plan(base, (label,), examples) for label in base.labels]
+    if slow and each <= MOST_BYTES:
+        return [_plan(base, tuple(remembered), max(POOLED_EXAMPLES, len(remembered)))]
+    raise UserError(
+        "checkpoint-refused",
+        "The checkpoint cannot be used",
+        f"The Fisher information of its {len(base.labels):,} classes takes {each * len(base.labels) / 2**30:.1f} GiB; "
+        f"the most is {MOST_BYTES / 2**30:g} GiB. Use a smaller model, or one of fewer classes.",
+        pointer="/checkpoint",
+    )
 
 
-def _plan(base: ConditionalBase, label: int) -> _Plan:
-    examples = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, ALL_EXAMPLES // base.model.n_classes))
+def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int) -> _Plan:
     draws = TIMESTEPS if isinstance(base.model, StratifiedConditional) else 1
-    return _Plan(label, examples, draws, derive_seed(0, "fisher", label), base.weights)
+    examples = -(-examples // len(labels)) * len(labels)
+    sampling = [base.model.sampling.steps, base.model.sampling.guidance_scale] if isinstance(
+        base.model, GuidedConditional
+    ) else []  # fmt: skip
+    rows = [tensor_digest({"condition": base.conditions.trained(label)}) for label in labels]
+    facts = [VERSION, base.weights, rows, examples, draws, sampling]
+    name = AssetFolder.name("fisher", facts)
+    reduction = "mean" if isinstance(base.model, PromptConditional) else "sum"
+    return _Plan(labels, examples, draws, reduction, derive_seed(0, name), name)
 
 
-def _read(path: Path, plan: _Plan, base: ConditionalBase) -> Fisher | None:
-    """The file's, where it is of these weights and this class; one that is not costs its computation, not the job."""
-    try:
-        fisher = unlearning.load_fisher(path, weights=base.weights, names=_parameters(base))
-    except FisherError as error:
-        _left_out(plan, str(error))
-        return None
-    shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
-    if not plan.fits(fisher, shapes):
-        _left_out(plan, "it is of other examples or draws, or its values are none")
-        return None
-    return fisher
-
-
-def _left_out(plan: _Plan, why: str) -> None:
-    sys.stderr.write(f"the Fisher information of class {plan.label} is computed anew: {why}\n")
-
-
-def _computed(plan: _Plan, base: ConditionalBase, progress: _Progress) -> Fisher:
-    own = base.drawn(torch.full((plan.examples,), plan.label, dtype=torch.int64), plan.seed)
+def _computed(plan: _Plan, base: ConditionalBase, own: unlearning.Examples, progress: _Progress) -> Fisher:
     try:
         fisher = unlearning.fisher_information(
-            cast(ConditionalModel, base.model),
-            own.x,
-            own.condition,
+            base.model,
+            own.x[: plan.examples],
+            own.condition[: plan.examples],
             names=_parameters(base),
             seed=plan.seed,
             draws_per_example=plan.draws,
+            reduction=plan.reduction,
             micro_batch=base.micro_batch,
             callback=progress,
         )
@@ -174,14 +191,14 @@ def _parameters(base: ConditionalBase) -> list[str]:
 
 
 class _Progress:
-    """Examples done over all classes that are computed."""
+    """Examples done over all parts that are computed."""
 
     def __init__(self, reporter: Reporter, total: int) -> None:
         self._reporter, self._total, self._began = reporter, total, time.monotonic()
         self.done = 0
 
     def __call__(self, step: Step) -> None:
-        """After every batch of a class."""
+        """After every batch of a part."""
         done = self.done + step.step
         left = (time.monotonic() - self._began) * (self._total - done) / max(1, done)
         self._reporter.progress(step=done, total=self._total, eta_seconds=left, losses=step.losses)

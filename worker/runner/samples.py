@@ -80,19 +80,20 @@ def samples_around(targets: Iterable[float], tolerance: float, confidence: float
     return _affordable(needed, f"a tolerance of {tolerance:g} at a confidence of {confidence:g}", "/tolerance")
 
 
-def samples_below(rate: float, bound: Bound, *, confidence: float, classes: int) -> int:
-    """Samples with which a flow of this rate shows that it keeps a one-sided bound.
+def samples_below(rate: float, bound: Bound, *, confidence: float, classes: int, least: int = LEAST_SAMPLES) -> int:
+    """Samples with which a model of this rate shows that it keeps a one-sided bound, at least `least`.
 
     Raises:
         UserError: more than MOST_SAMPLES.
     """
     comparisons = 1 if classes <= 2 else classes
     needed = samples_to_pass(rate, bound, level=1 - (1 - confidence) / comparisons)
-    return _affordable(needed, f"a rate of {rate:.4%} with bounds of {bound.low:.4%} to {bound.high:.4%}")
+    what = f"a rate of {rate:.4%} with bounds of {bound.low:.4%} to {bound.high:.4%}"
+    return _affordable(needed, what, least=least)
 
 
-def _affordable(needed: int | None, what: str, pointer: str | None = None) -> int:
-    """The samples needed, at least LEAST_SAMPLES; None is more than any number that can be named."""
+def _affordable(needed: int | None, what: str, pointer: str | None = None, *, least: int = LEAST_SAMPLES) -> int:
+    """The samples needed, at least so many; None is more than any number that can be named."""
     if needed is None or needed > MOST_SAMPLES:
         detail = (
             f"To show {what} takes {'more samples than can be named' if needed is None else f'{needed:,} samples'}, "
@@ -100,7 +101,7 @@ def _affordable(needed: int | None, what: str, pointer: str | None = None) -> in
         )
         title = "There is too little to judge from"
         raise UserError("insufficient-evidence", title, detail, pointer=pointer, given=MOST_SAMPLES, needed=needed)
-    return max(LEAST_SAMPLES, needed)
+    return max(least, needed)
 
 
 def conclude(

@@ -1,0 +1,193 @@
+"""What a job's labels stand for: the classes of a model by themselves, or concepts by the prompts that ask for them.
+
+Methods train on rows of conditions, several to a concept; judges ask by label, and get samples of other phrasings than
+training saw. A job numbers its concepts: 0 is the one to be forgotten, the remembered ones follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from models.conditional import ClassConditional, ConditionalModel, LabelledSampler, PromptConditional
+from models.errors import PromptError
+from unlearning import UnlearningError
+from unlearning.prompts import GENERAL, Phrasings, phrasings, plain
+from worker.runner.problems import UserError
+
+__all__ = ["Classes", "Concepts", "Conditions", "classes_of", "concepts_of"]
+
+
+LITTLE_WORD = 3
+"""Characters of "a", "of" and "the", which tell no concepts apart."""
+
+
+class Conditions(Protocol):
+    """The conditions of one job, by label from 0."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of every label."""
+        ...
+
+    def trained(self, label: int) -> Tensor:
+        """The conditions that training draws from for a label, (k, ...)."""
+        ...
+
+    def sampler(self, model: ConditionalModel) -> LabelledSampler:
+        """A model as judges ask it: by label."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model, each a condition of its own."""
+
+    names: tuple[str, ...]
+
+    def trained(self, label: int) -> Tensor:
+        """The label itself, (1,)."""
+        return torch.tensor([label], dtype=torch.int64)
+
+    def sampler(self, model: ConditionalModel) -> LabelledSampler:
+        """The model as it is."""
+        return cast(LabelledSampler, model)
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """Concepts of a model that reads prompts."""
+
+    names: tuple[str, ...]
+    rows: tuple[Tensor, ...]
+    """Of each concept, the tokens of its phrasings for training, (k, tokens)."""
+    held_out: tuple[Tensor, ...]
+    """The tokens of its other phrasings."""
+    prompts: tuple[Phrasings, ...]
+    """What the tokens say."""
+
+    def trained(self, label: int) -> Tensor:
+        """The tokens of its phrasings for training, (k, tokens)."""
+        return self.rows[label]
+
+    def sampler(self, model: ConditionalModel) -> LabelledSampler:
+        """The model, asked in phrasings that training does not see."""
+        return _Asked(cast(PromptConditional, model), self.held_out)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model of prompts as a model of labels: each row is asked for in one of its concept's phrasings."""
+
+    model: PromptConditional
+    rows: tuple[Tensor, ...]
+
+    @property
+    def n_classes(self) -> int:
+        """How many concepts there are."""
+        return len(self.rows)
+
+    def sample(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
+        """An image of each label (n,), uint8 (n, c, h, w)."""
+        return self.model.sample(picked(self.rows, condition, generator), generator=generator)
+
+
+def picked(rows: Sequence[Tensor], labels: Tensor, generator: torch.Generator) -> Tensor:
+    """A condition of each label, drawn from its rows, (n, ...)."""
+    shares = torch.rand(len(labels), generator=generator)
+    drawn = [
+        rows[label][int(share * len(rows[label]))]
+        for label, share in zip(labels.tolist(), shares.tolist(), strict=True)
+    ]
+    return torch.stack(drawn)
+
+
+def classes_of(model: ClassConditional) -> Classes:
+    """Every class of a model."""
+    return Classes(tuple(str(label) for label in range(model.n_classes)))
+
+
+def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
+    """The concepts that a job names: what is forgotten first, then what replaces it and what is remembered.
+
+    Where the request names none to remember, they are `unlearning.general_concepts.GENERAL`.
+
+    Raises:
+        UserError: the text encoder would cut a prompt short, or cannot read it.
+    """
+    target = job.get("target") or job["condition"]
+    asked = [
+        _Named(
+            target["concept"],
+            tuple(target.get("aliases") or ()),
+            "/target/concept" if "target" in job else "/condition/concept",
+        )
+    ]
+    asked += _replacing(job)
+    remember = job["remember"]
+    if remember.get("sets"):
+        asked += [_Named(name, (), f"/remember/sets/{name}") for name in remember["sets"]]
+    elif remember.get("concepts"):
+        asked += [_Named(name, (), f"/remember/concepts/{number}") for number, name in enumerate(remember["concepts"])]
+    else:
+        asked += [_Named(name, (), "/remember") for name in _general(target)]
+    own = {plain(name) for name in (asked[0].concept, *asked[0].aliases)}
+    seen: dict[str, _Named] = {}
+    for one in asked:
+        if one is asked[0] or plain(one.concept) not in own:
+            seen.setdefault(plain(one.concept), one)
+    worded = [(one, _phrased(one)) for one in seen.values()]
+    return Concepts(
+        names=tuple(one.concept for one, _ in worded),
+        rows=tuple(_tokens(model, said.trained, one.pointer) for one, said in worded),
+        held_out=tuple(_tokens(model, said.held_out, one.pointer) for one, said in worded),
+        prompts=tuple(said for _, said in worded),
+    )
+
+
+def _general(target: Mapping[str, Any]) -> list[str]:
+    """The general concepts that share no word with what is to be forgotten, but for the smallest."""
+    own = {word for name in (target["concept"], *(target.get("aliases") or ())) for word in plain(name).split()}
+    return [name for name in GENERAL if not own & {word for word in name.split() if len(word) > LITTLE_WORD}]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A concept and where the request names it."""
+
+    concept: str
+    aliases: tuple[str, ...]
+    pointer: str
+
+
+def _replacing(job: Mapping[str, Any]) -> list[_Named]:
+    """The concepts that stand in for the forgotten one."""
+    asked = job.get("replace_with")
+    if isinstance(asked, Mapping) and asked.get("concept"):
+        return [_Named(asked["concept"], (), "/replace_with/concept")]
+    given = job.get("replacements") or {}
+    return [
+        _Named(one["concept"], (), f"/replacements/{name}/concept") for name, one in given.items() if one.get("concept")
+    ]
+
+
+def _phrased(one: _Named) -> Phrasings:
+    try:
+        return phrasings(one.concept, one.aliases)
+    except UnlearningError as error:
+        raise _refused(str(error), one.pointer) from error
+
+
+def _tokens(model: PromptConditional, prompts: Sequence[str], pointer: str) -> Tensor:
+    try:
+        return model.tokens(prompts)
+    except PromptError as error:
+        raise _refused(f"{error}. Name the concept in fewer words", pointer) from error
+
+
+def _refused(detail: str, pointer: str) -> UserError:
+    return UserError("invalid-request", "The request cannot be met as it stands", f"{detail}.", pointer=pointer)
