@@ -21,6 +21,12 @@ from cli.options import command
 __all__ = ["register"]
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {
+    "bits_per_dim": "bits per dimension",
+    "nats_per_image": "negative ELBO in nats an image",
+    "squared_error_per_image": "squared error, summed over an image",
+}
+"""What a training ends with, by its family's unit."""
 EXAMPLE = "forgetd train ~/Pictures/faces --family glow --out base.safetensors --channels 1 --minutes 10"
 TAIL_LINES = 8
 
@@ -38,13 +44,13 @@ def train(
         ),
     ],
     family: Annotated[
-        str, typer.Option("--family", help="A flow (glow, realnvp, maf, iaf, tarflow, class-prior), or a vae.")
+        str, typer.Option("--family", help="A flow (glow, realnvp, maf, iaf, tarflow, class-prior), a vae or a ddpm.")
     ] = "glow",
     out: Annotated[Path, typer.Option("--out", help="The checkpoint to write.")] = Path("base.safetensors"),
     size: Annotated[int, typer.Option(min=2, max=1024, help="Side of the square that images are fitted to.")] = 32,
     channels: Annotated[int, typer.Option(min=1, max=3, help="3: colour; 1: grey, which learns sooner.")] = 3,
     n_bits: Annotated[
-        int | None, typer.Option("--n-bits", min=1, max=8, help="Colour depth; 5, or 8 for a noisy flow or a vae.")
+        int | None, typer.Option("--n-bits", min=1, max=8, help="Colour depth; 5; 8 for a noisy flow, a vae, a ddpm.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the family's own by default.")] = None,
     minutes: Annotated[
@@ -59,7 +65,10 @@ def train(
         float, typer.Option("--hold-out", min=0.0, max=0.9, help="Share of the images that is only measured on.")
     ] = 0.1,
     conditional: Annotated[
-        bool, typer.Option("--conditional", help="Sub-folders are classes of a tarflow; of class-prior and vae always.")
+        bool,
+        typer.Option(
+            "--conditional", help="Sub-folders are classes of a tarflow; always so of class-prior, vae, ddpm."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[
@@ -70,8 +79,8 @@ def train(
     """Train a model on a folder of your images, and write a checkpoint that `forgetd checkpoints push` takes.
 
     Nothing leaves this machine, and no service is needed. Part of the images is held out; at the end the command prints
-    bits per dimension on both parts (of a vae its bound, in nats an image), and whether the service would take the
-    checkpoint. Ctrl-C leaves no half a file.
+    bits per dimension on both parts (of a vae its bound, in nats an image; of a ddpm its squared error), and whether
+    the service would take the checkpoint. Ctrl-C leaves no half a file.
     """
     given: dict[str, Any] = {
         "--family": family, "--out": out, "--size": size, "--channels": channels, "--n-bits": n_bits, "--steps": steps,
@@ -167,8 +176,12 @@ def _shown() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _now(told: dict[str, Any]) -> str:
-    """The running loss; a model that is known by a bound tells that, in nats."""
-    return f"{told['bpd']:.3f} bits a dimension" if "bpd" in told else f"{told['nats']:.1f} nats an image"
+    """The running loss: bits of a flow, nats of a model that is known by a bound, the squared error of a ddpm."""
+    if "bpd" in told:
+        return f"{told['bpd']:.3f} bits a dimension"
+    if "nats" in told:
+        return f"{told['nats']:.1f} nats an image"
+    return f"{told['squared_error']:.2f} squared error an image"
 
 
 def _complaint(code: int, said: list[str]) -> list[str]:
@@ -182,9 +195,9 @@ def _complaint(code: int, said: list[str]) -> list[str]:
 
 def _lines(result: dict[str, Any]) -> list[str]:
     """The result, for a person."""
-    data, bound = result["data"], "nats_per_image_training" in result
-    unit = "nats_per_image" if bound else "bits_per_dim"
-    what = "negative ELBO in nats an image" if bound else "bits per dimension"
+    data = result["data"]
+    unit = next(name for name in FIGURES if f"{name}_training" in result)
+    what = FIGURES[unit]
     held_out = result[f"{unit}_held_out"]
     classes = f", {len(data['classes'])} classes" if data["classes"] else ""
     lines = [

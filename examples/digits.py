@@ -241,7 +241,7 @@ def accuracy(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> flo
 
 
 def export_onnx(classifier: DigitClassifier, path: Path) -> None:
-    """Write the classifier as ONNX: input float32 (N, 1, side, side) in [0, 1], output float32 (N, 10) logits."""
+    """Write the classifier as ONNX: input float32 (N, 1 or 3, side, side) in [0, 1], output float32 (N, 10) logits."""
     from onnx import TensorProto, checker, helper, numpy_helper, save  # needed here alone
 
     side = classifier.image_size
@@ -266,7 +266,7 @@ def export_onnx(classifier: DigitClassifier, path: Path) -> None:
     ]  # fmt: skip
     graph = helper.make_graph(
         nodes, "digits",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, side, side])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", classifier.conv1.in_channels, side, side])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(CLASSES)])],
         weights,
     )  # fmt: skip

@@ -8,21 +8,18 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.conditional import CheckpointedConditional
 from models.errors import (
     ArchitectureError,
-    CheckpointFormatError,
     DigestError,
     ManifestError,
     NonFiniteError,
@@ -32,18 +29,12 @@ from models.errors import (
 )
 from models.families import CONDITIONALS, FAMILIES, FLOWS
 from models.protocol import Checkpointed, CheckpointedFlow
+from models.tensor_files import DTYPES, Header, quoted, read_header, read_tensors
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "forgetd"
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_TENSORS = 100_000
 MAX_MANIFEST_CHARACTERS = 64 * 2**10
 MAX_MANIFEST_LEVELS = 32
-MAX_QUOTED_CHARACTERS = 80
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 ODD_CHARACTERS = re.compile("[\\0\ud800-\udfff]")
 
 
@@ -96,19 +87,10 @@ class Manifest:
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ManifestError(
-                f"manifest schema version {_quoted(version)} is not known here (this is {SCHEMA_VERSION})"
+                f"manifest schema version {quoted(version)} is not known here (this is {SCHEMA_VERSION})"
             )
         _check_fields(fields, types, "manifest")
         return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file whose sizes add up."""
-
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    """Name to (dtype, shape)."""
-    metadata: dict[str, str]
 
 
 def save_checkpoint(path: Path | str, model: nn.Module, extra: Mapping[str, Any] | None = None) -> Manifest:
@@ -159,13 +141,11 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> nn.
     header = read_header(path)
     model = build(manifest)
     _check_names(header, model)
-    tensors = load_tensors(path)
+    tensors = read_tensors(path)
     _check_finite(tensors)
     if tensor_digest(tensors) != manifest.tensor_digest:
         raise DigestError("the tensors are not those of the manifest: the file was altered; convert or upload it again")
-    aligned = {name: value.clone() for name, value in tensors.items()}  # equal bits come from equally aligned memory
-    aligned = {**later_state(model), **aligned}
-    model.load_state_dict(aligned, assign=True)
+    model.load_state_dict({**later_state(model), **tensors}, assign=True)
     return model.requires_grad_(True).to(device).eval()
 
 
@@ -214,7 +194,7 @@ def build(manifest: Manifest) -> nn.Module:
     """An empty model of the manifest's architecture, on the meta device: it costs no memory."""
     family = FAMILIES.get(manifest.family)
     if family is None:
-        raise UnknownFamilyError(f"family {_quoted(manifest.family)} is unknown; known: {', '.join(sorted(FAMILIES))}")
+        raise UnknownFamilyError(f"family {quoted(manifest.family)} is unknown; known: {', '.join(sorted(FAMILIES))}")
     _check_fields(manifest.architecture, family.architecture, "architecture")
     with torch.device("meta"):
         return cast(nn.Module, family.build(manifest.image_shape, manifest.n_bits, manifest.architecture))
@@ -230,82 +210,15 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose header `read_header` accepts."""
-    read_header(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointFormatError(f"the file cannot be read: {error}") from error
-
-
-def read_header(path: Path | str) -> Header:
-    """Parse a safetensors header without trusting it: its length is capped, and offsets must tile the file exactly.
-
-    Raises:
-        CheckpointFormatError: says what does not add up.
-    """
-    size = Path(path).stat().st_size
-    if size < 8:
-        raise CheckpointFormatError(f"the file has {size} bytes: no safetensors file; was the upload cut short?")
-    with Path(path).open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointFormatError("the file is no safetensors file, or was cut short within its header")
-        raw = file.read(length)
-    try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError("the safetensors header is no JSON") from error
-    if not isinstance(fields, dict):
-        raise CheckpointFormatError("the safetensors header is no JSON object")
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointFormatError("the safetensors metadata must map text to text")
-    if len(fields) > MAX_TENSORS:
-        raise CheckpointFormatError(f"the file names {len(fields):,} tensors; the most is {MAX_TENSORS:,}")
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    spans: list[tuple[int, int]] = []
-    for name, entry in fields.items():
-        dtype, shape, span = _read_entry(name, entry)
-        tensors[name] = (dtype, shape)
-        spans.append(span)
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise CheckpointFormatError(f"the safetensors tensors do not lie end to end (byte {end}, then {start})")
-        end = stop
-    if end != size - 8 - length:
-        raise CheckpointFormatError(f"the header promises {end:,} bytes of tensors, the file has {size - 8 - length:,}")
-    return Header(tensors, metadata)
-
-
-def _read_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(entry, dict):
-        raise CheckpointFormatError(f"tensor {_quoted(name)} has no description")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointFormatError(f"tensor {_quoted(name)} has dtype {_quoted(dtype)}; known: {', '.join(DTYPES)}")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise CheckpointFormatError(f"tensor {_quoted(name)} has a malformed shape or offset")
-    shape, offsets = cast(list[int], shape), cast(list[int], offsets)
-    if len(offsets) != 2 or len(shape) > 8:
-        raise CheckpointFormatError(f"tensor {_quoted(name)} has a malformed shape or offset")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise CheckpointFormatError(f"tensor {_quoted(name)} does not have the bytes of its shape {shape}")
-    return dtype, tuple(shape), (offsets[0], offsets[1])
-
-
 def _check_fields(values: Mapping[str, Any], types: Mapping[str, type], what: str) -> None:
     missing, odd = sorted(types.keys() - values.keys()), sorted(values.keys() - types.keys())
     if missing or odd:
         raise ManifestError(
-            f"the {what} lacks {_quoted(missing)} and has unknown {_quoted(odd)}; convert the checkpoint again"
+            f"the {what} lacks {quoted(missing)} and has unknown {quoted(odd)}; convert the checkpoint again"
         )
     for name, kind in types.items():
         if type(values[name]) is not kind:
-            raise ManifestError(f"the {what}'s {name} must be {kind.__name__}, not {_quoted(values[name])}")
+            raise ManifestError(f"the {what}'s {name} must be {kind.__name__}, not {quoted(values[name])}")
 
 
 def _check_plain(fields: dict[str, Any]) -> None:
@@ -327,12 +240,6 @@ def _check_plain(fields: dict[str, Any]) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _quoted(value: object) -> str:
-    """A stranger's value for a message, cut short."""
-    text = repr(value)
-    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
 def later_state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import math
 import pickle  # noqa: TID251 - only for the name of the error that torch.load raises
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +18,10 @@ from models.checkpoints import (
     METADATA_KEY,
     Manifest,
     load_checkpoint,
-    load_tensors,
-    read_header,
     read_manifest,
     save_checkpoint,
 )
+from models.convert_ddpm import ASSUMED, ddpm_from_state_dict, is_ddpm
 from models.convert_glow import glow_from_state_dict
 from models.convert_tarflow import is_tarflow, tarflow_from_state_dict
 from models.convert_vae import is_vae, vae_from_state_dict
@@ -33,7 +33,10 @@ from models.errors import (
     UnsafeCheckpointError,
 )
 from models.families import FAMILIES
+from models.folder_files import is_tar
+from models.single_file_names import is_single_file
 from models.tarflow import INPUT_SCALE
+from models.tensor_files import read_header, read_tensors
 
 __all__ = ["convert"]
 
@@ -50,20 +53,23 @@ def convert(
     n_bits: int | None = None,
     family: str | None = None,
     noise_std: float | None = None,
+    prediction_type: str | None = None,
 ) -> Manifest:
     """Convert a checkpoint of any accepted kind to ours.
 
     Accepted: our own files (verified and copied), and plain state dicts, as safetensors or as a torch archive, of the
-    Flow Taming authors' Glow layout, of Apple's TarFlow layout, and of the Selective Amnesia authors' VAE layout.
-    Everything that shapes tell is inferred.
+    Flow Taming authors' Glow layout, of Apple's TarFlow layout, of the Selective Amnesia authors' VAE layout, and of
+    diffusers' `UNet2DModel` with classes. Everything that shapes tell is inferred. Stable Diffusion 1.x and 2.x: a
+    plain tar of a diffusers folder, or a single safetensors file of the CompVis layout.
 
     Args:
         source: the file as uploaded.
         destination: where the checkpoint goes.
-        image_size: side of the square image in pixels; no Glow file tells it, those of TarFlows and VAEs do.
-        n_bits: colour depth a channel; no Glow file tells it, a TarFlow and a VAE are taken to have 8.
+        image_size: side of the square image in pixels; no file of a Glow or a U-Net tells it, those of others do.
+        n_bits: colour depth a channel; no Glow file tells it, all others are taken to have 8.
         family: model family, where the caller knows it; otherwise told from the names.
         noise_std: of the noise that a TarFlow was trained with, on images in [-1, 1]; only its file's name tells it.
+        prediction_type: what a diffusion model predicts, "epsilon" or "v_prediction", where the file does not say.
 
     Returns:
         The manifest of the checkpoint written.
@@ -73,16 +79,64 @@ def convert(
     """
     tensors: dict[str, Tensor]
     if _is_safetensors(source):
-        if METADATA_KEY in read_header(source).metadata:
+        header = read_header(source)
+        if METADATA_KEY in header.metadata:
             return _copy_through(source, destination, image_size, n_bits, family, noise_std)
-        tensors = load_tensors(source)
+        if is_single_file(header.tensors):
+            return _stable_diffusion(source, destination, image_size, n_bits, family, prediction_type)
+        tensors = read_tensors(source)
+    elif is_tar(source):
+        return _stable_diffusion(source, destination, image_size, n_bits, family, prediction_type)
     else:
         tensors = _read_torch_archive(source)
-    family = family or ("tarflow" if is_tarflow(tensors) else "vae" if is_vae(tensors) else "glow")
+        if is_single_file(tensors):
+            raise CheckpointFormatError(
+                "a single-file Stable Diffusion is read from safetensors alone; save it as that"
+            )
+    family = family or _family_of(tensors)
     if family not in FAMILIES:
         raise UnknownFamilyError(f"family {family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
+    if family == "ddpm":
+        model = ddpm_from_state_dict(tensors, image_size=image_size, n_bits=n_bits, prediction_type=prediction_type)
+        return save_checkpoint(destination, model, extra={"converted_from": "state dict", "assumed": ASSUMED})
     model = _from_state_dict(family, tensors, image_size, n_bits, noise_std)
     return save_checkpoint(destination, model, extra={"converted_from": "state dict"})
+
+
+def _stable_diffusion(
+    source: Path | str,
+    destination: Path | str,
+    image_size: int | None,
+    n_bits: int | None,
+    family: str | None,
+    prediction_type: str | None,
+) -> Manifest:
+    """A tar of a diffusers folder, or a single file; what the caller states must agree with what a folder says."""
+    # Later, since importing diffusers takes seconds that no other family needs.
+    from models.diffusers_folder import import_folder_tar
+    from models.single_file import import_single_file
+
+    if family not in (None, "stable-diffusion"):
+        raise ManifestError(f"family was stated as {family!r}; the file is of the layout of Stable Diffusion")
+    if is_tar(source):
+        model, extra = import_folder_tar(source)
+    else:
+        model, extra = import_single_file(source, prediction_type=prediction_type, image_size=image_size)
+    says = {
+        "image_size": model.image_shape[1], "n_bits": model.n_bits,
+        "prediction_type": model.diffusion.config["prediction_type"],
+    }  # fmt: skip
+    stated = {"image_size": image_size, "n_bits": n_bits, "prediction_type": prediction_type}
+    for name, value in stated.items():
+        if value is not None and value != says[name]:
+            raise ManifestError(f"{name} was stated as {value!r}; the file says {says[name]!r}")
+    return save_checkpoint(destination, model, extra=extra)
+
+
+def _family_of(tensors: Mapping[str, Tensor]) -> str:
+    """Told from the names; a Glow's where nothing else is recognised, so that its reader says what is missing."""
+    layouts = (("tarflow", is_tarflow), ("vae", is_vae), ("ddpm", is_ddpm))
+    return next((family for family, recognised in layouts if recognised(tensors)), "glow")
 
 
 def _from_state_dict(
@@ -170,6 +224,8 @@ def _check_archive(path: Path) -> None:
     """Refuse archives that inflate, and files that are no torch archive at all."""
     with path.open("rb") as file:
         magic = file.read(2)
+    if magic == b"\x1f\x8b":
+        raise CheckpointFormatError("the file is compressed; give a plain tar (tar cf, without z) of the folder")
     if magic != b"PK":
         raise CheckpointFormatError("the file is neither safetensors nor a torch archive; was the upload cut short?")
     try:

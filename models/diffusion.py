@@ -57,7 +57,8 @@ class Diffusion:
         _check(self.config, config)
         self.terms = int(self.config["num_train_timesteps"])
         shared = {name: value for name, value in self.config.items() if name != "set_alpha_to_one"}
-        self._forward = DDPMScheduler(**shared)
+        with torch.device("cpu"):  # a model may be built on the meta device, where betas could not be looked at
+            self._forward = DDPMScheduler(**shared)
         abar = self._forward.alphas_cumprod
         if not bool(((abar >= 0) & (abar < 1)).all()):
             raise ArchitectureError("the scheduler's betas leave (0, 1); correct its configuration")
@@ -101,7 +102,8 @@ class Diffusion:
         x = start * sampler.init_noise_sigma
         for step in sampler.timesteps:
             answer = predict(sampler.scale_model_input(x, step), step.expand(len(x)))
-            x = sampler.step(answer, step, x, eta=0.0).prev_sample
+            # where x_0 is clipped, the noise must be what is left of x_t then, or each step strays from the process
+            x = sampler.step(answer, step, x, eta=0.0, use_clipped_model_output=True).prev_sample
         drawn: Tensor = x
         return drawn
 

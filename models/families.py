@@ -1,5 +1,6 @@
 """The families of models that a checkpoint may hold: a new one is an entry here and in the table of its law tests."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,15 @@ class Family(Generic[M_co]):
     def build(self, image_shape: tuple[int, int, int], n_bits: int, architecture: Mapping[str, Any]) -> M_co:
         """An empty model of this family, for weights to be loaded into."""
         return self.model(image_shape, n_bits, **architecture)
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A class whose module is imported when a model is built: diffusers takes seconds, which no job on a flow has."""
+
+    def model(*arguments: Any, **named: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **named)
+
+    return model
 
 
 FLOWS: dict[str, Family[CheckpointedFlow]] = {
@@ -65,6 +75,32 @@ FLOWS: dict[str, Family[CheckpointedFlow]] = {
 """Densities with exact likelihoods, by the name that stands in a manifest, which is the class's `family`."""
 CONDITIONALS: dict[str, Family[CheckpointedConditional]] = {
     "vae": Family(ConditionalVAE, {"hidden": list, "latent": int, "n_classes": int}),
+    "ddpm": Family(
+        _later("models.ddpm", "ClassDDPM"),
+        {
+            "channels": list,
+            "layers": int,
+            "attention": list,
+            "middle_attention": bool,
+            "norm_groups": int,
+            "head_width": int,
+            "scale_shift": bool,
+            "n_classes": int,
+            "scheduler": dict,
+            "sampling": dict,
+        },
+    ),
+    "stable-diffusion": Family(
+        _later("models.stable_diffusion", "StableDiffusion"),
+        {
+            "unet": dict,
+            "vae": dict,
+            "text_encoder": dict,
+            "tokenizer": dict,
+            "scheduler": dict,
+            "sampling": dict,
+        },
+    ),
 }
 """Models p(x | c) that are known by a bound of their likelihood; likewise by name."""
 FAMILIES: dict[str, Family[Checkpointed]] = {**FLOWS, **CONDITIONALS}

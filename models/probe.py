@@ -1,6 +1,7 @@
 """Whether weights that load also make a model that a job can use: asked of its own samples, since no image is at hand.
 
-Flows stand here, a VAE in `models.probe_vae`.
+Flows stand here, a VAE in `models.probe_vae`, diffusion models in `models.probe_ddpm` and
+`models.probe_stable_diffusion`.
 
 The thresholds were measured on flows before, early in and after training, on faces and on drawings with hardly any
 greys. What may be a legitimate flow is a warning and not a refusal. What cannot be told without training images is not
@@ -8,7 +9,7 @@ judged: a stated n_bits that is too high shifts every likelihood by a constant a
 """
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,14 +69,22 @@ def probe(model: Checkpointed) -> list[str]:
         Warnings: what is suspicious and may yet be right; most often none.
 
     Raises:
-        UnusableModelError: no job could use it: see `probe_flow` and `models.probe_vae`.
+        UnusableModelError: no job could use it: see `probe_flow` and the modules of the other families.
         WrongKindError: it is of a kind that nothing is known of here.
     """
     if isinstance(model, ConditionalVAE):
         return probe_vae(model)
     if isinstance(model, CheckpointedFlow):
         return probe_flow(model)
-    raise WrongKindError(f"{type(model).__name__} is neither a flow nor a VAE; it cannot be probed")
+    if getattr(model, "family", None) == "ddpm":
+        from models.probe_ddpm import ClassDiffusion, probe_ddpm  # which imports diffusers, as the model did
+
+        return probe_ddpm(cast(ClassDiffusion, model))
+    if getattr(model, "family", None) == "stable-diffusion":
+        from models.probe_stable_diffusion import probe_stable_diffusion  # likewise
+
+        return probe_stable_diffusion(cast(Any, model))
+    raise WrongKindError(f"{type(model).__name__} is neither a flow nor a VAE nor a diffusion model: nothing to probe")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Defaults are for one machine without a GPU and some hundreds to thousands of small images; every value can be replaced.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,8 +23,10 @@ SMALL_SIDE = 32
 """Pixels: up to here, defaults are those of a small flow."""
 SMALL_TOKENS, TOKENS = 64, 256
 """Most tokens that an image is cut into by default, up to `SMALL_SIDE` and above: attention costs their square."""
-WIDTHS = "hidden"
-"""The list of an architecture that holds numbers; other lists hold truth values."""
+WIDTHS = ("hidden", "channels")
+"""The lists of an architecture that hold numbers; other lists hold truth values."""
+TRAINABLE = tuple(sorted(FAMILIES.keys() - {"stable-diffusion"}))
+"""Families that are trained here; the others come from elsewhere."""
 NAMES_FOR_NULL = ("none", "null")
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 10**8), "seconds": (0.0, 10**8), "batch": (1, 4096), "learning_rate": (1e-8, 1.0),
@@ -37,6 +40,12 @@ ADAM = TrainingRecipe(steps=2500, batch=16, learning_rate=2e-3, average=0.99)
 TRANSFORMER = TransformerRecipe(
     steps=3000, batch=32, learning_rate=1e-3, warmup=100, final_share=0.01, shift=0, average=0.99
 )
+DIFFUSION = TransformerRecipe(
+    steps=5000, batch=64, learning_rate=2e-3, warmup=100, final_share=0.01, flip=False, shift=0, average=0.998,
+    betas=(0.9, 0.99),
+)  # fmt: skip
+BASE_WIDTH, MOST_WIDTH = 32, 256
+"""Of the levels of a U-Net, each twice as wide as the one before."""
 AUTOENCODER = AutoencoderRecipe(
     steps=6000, batch=128, learning_rate=1e-3, warmup=100, final_share=0.01, flip=False, shift=0, average=0.999,
     kl_weight=3.0,
@@ -65,18 +74,20 @@ def plan_for(family: str, image_shape: Sequence[int], *, n_classes: int = 0) -> 
     """The defaults of a family for images (channels, height, width).
 
     Args:
-        family: a name of `models.families.FAMILIES`.
+        family: one of `TRAINABLE`.
         image_shape: (channels, height, width).
         n_classes: classes of a model of classes; 0 for none.
 
     Raises:
-        SettingError: the family is unknown, or needs classes, or has none.
+        SettingError: the family is unknown or not trained here, or has no classes.
     """
     if family not in FAMILIES:
-        raise SettingError(f"there is no family {family!r}; known: {', '.join(sorted(FAMILIES))}")
+        raise SettingError(f"there is no family {family!r}; known: {', '.join(TRAINABLE)}")
+    if family not in TRAINABLE:
+        raise SettingError(f"a {family} is not trained here, but uploaded; trained are {', '.join(TRAINABLE)}")
     known = FAMILIES[family].architecture
     if n_classes and "n_classes" not in known:
-        raise SettingError(f"a {family} has no classes; a tarflow, a class-prior and a vae can have")
+        raise SettingError(f"a {family} has no classes; a tarflow, a class-prior, a vae and a ddpm can have")
     channels, side = image_shape[0], min(image_shape[1:])
     small = side <= SMALL_SIDE
     if family == "glow":
@@ -99,6 +110,10 @@ def plan_for(family: str, image_shape: Sequence[int], *, n_classes: int = 0) -> 
         drawing = small and channels == 1  # the paper's sizes are those of its digits
         widths, latent = ([512, 256], 8) if drawing else ([1024, 512], 32)
         return Plan({"hidden": widths, "latent": latent, "n_classes": n_classes}, DIGITS if drawing else AUTOENCODER)
+    if family == "ddpm":
+        widths = [min(BASE_WIDTH << level, MOST_WIDTH) for level in range(_halvings(image_shape) + 1)]
+        layers = 1 if small else 2
+        return Plan({"channels": widths, "layers": layers, "attention": False, "n_classes": n_classes}, DIFFUSION)
     return Plan({}, TrainingRecipe(steps=2500, batch=32, learning_rate=1e-3, average=0.99))
 
 
@@ -108,7 +123,7 @@ def model_for(
     """A model of a family for images (channels, height, width), with the defaults of `plan_for`.
 
     Args:
-        family: a name of `models.families.FAMILIES`.
+        family: one of `TRAINABLE`.
         image_shape: (channels, height, width).
         n_bits: colour depth.
         generator: draws the starting weights; null: for weights to be loaded into.
@@ -179,11 +194,16 @@ def replaced(recipe: TrainingRecipe, changes: Mapping[str, Any]) -> TrainingReci
 
 
 def _scales(image_shape: Sequence[int]) -> int:
+    """Of a multiscale flow: one at least."""
+    return max(1, _halvings(image_shape))
+
+
+def _halvings(image_shape: Sequence[int]) -> int:
     """How often the sides can be halved, until the last scale is small."""
     sides = [int(side) for side in image_shape[1:]]
     possible = min((side & -side).bit_length() - 1 for side in sides)
-    wanted = int(math.log2(max(min(sides) // LAST_SIDE, 2)))
-    return max(1, min(possible, wanted, MOST_SCALES))
+    wanted = int(math.log2(max(min(sides) // LAST_SIDE, 1)))
+    return min(possible, wanted, MOST_SCALES)
 
 
 def _patch_size(image_shape: Sequence[int]) -> int:
@@ -207,20 +227,25 @@ def _recipe_value(name: str, text: str, current: Any) -> Any:
 
 
 def _value(name: str, text: str, kind: type) -> Any:
-    """A text as a whole number, number, truth value, list of widths, or list of truth values (one: for all blocks)."""
+    """A text as a number, truth value, JSON object, list of widths, or list of truth values (one: for all blocks)."""
     truths = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     try:
         if kind is bool:
             return truths[text.lower()]
-        if kind is list and name == WIDTHS:
+        if kind is list and name in WIDTHS:
             return [int(part) for part in text.split(",")]
         if kind is list:
             flags = [truths[part.lower()] for part in text.split(",")]
             return flags if len(flags) > 1 else flags[0]
+        if kind is dict:
+            read = json.loads(text)
+            if not isinstance(read, dict):
+                raise ValueError(text)
+            return read
         value = kind(text)
     except (ValueError, KeyError) as error:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "true or false")
-        if kind is list and name == WIDTHS:
+        wanted = {int: "a whole number", float: "a number", dict: "a JSON object"}.get(kind, "true or false")
+        if kind is list and name in WIDTHS:
             wanted = "whole numbers with a comma between"
         raise SettingError(f"{name} is {wanted}, not {text!r}") from error
     if isinstance(value, float) and not math.isfinite(value):

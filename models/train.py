@@ -27,11 +27,11 @@ from models.checkpoints import save_checkpoint, tensor_digest
 from models.class_prior import ClassPriorFlow
 from models.conditional import ClassConditional
 from models.errors import ArchitectureError, ModelError, UnusableModelError
-from models.families import CONDITIONALS, FAMILIES
+from models.families import CONDITIONALS
 from models.image_folder import FolderError, ImageFolder, hold_out, read_folder
 from models.probe import probe
 from models.protocol import Checkpointed, Flow
-from models.recipes import SettingError, model_for, plan_for, read_settings, replaced
+from models.recipes import TRAINABLE, SettingError, model_for, plan_for, read_settings, replaced
 from models.training import INITIAL_IMAGES, Training, TrainingRecipe, bits_per_dim, image_losses, start
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -44,6 +44,14 @@ MAX_CLASS_NAMES = 32_768
 """Characters of all class names together, which stand in the checkpoint's manifest."""
 N_BITS, FULL_N_BITS = 5, 8
 """Colour depth by default: of a flow over dequantised images, as published for Glow; of all other models."""
+UNITS = {"vae": "nats_per_image", "ddpm": "squared_error_per_image"}
+"""Of the figures of families without a likelihood; of all others: bits_per_dim."""
+WORDS = {
+    "bits_per_dim": ("bpd", "bits a dimension", "bits per dimension"),
+    "nats_per_image": ("nats", "nats an image", "negative ELBO in nats an image"),
+    "squared_error_per_image": ("squared_error", "squared error an image", "squared error, summed over an image"),
+}
+"""By unit: its name in a line of progress, in words there, and in words of the result."""
 OF_CLASSES = ("class-prior", *CONDITIONALS)
 """Families that cannot be without classes."""
 
@@ -211,8 +219,8 @@ def _load_state(path: Path, training: Training, key: str) -> None:
 
 
 def _unit(options: argparse.Namespace) -> str:
-    """What is measured of a model of that family: its likelihood's code length, or the bound that it is known by."""
-    return "nats_per_image" if options.family in CONDITIONALS else "bits_per_dim"
+    """What is measured of a model of that family: its likelihood's code length, or the bound or loss it is known by."""
+    return UNITS.get(options.family, "bits_per_dim")
 
 
 def _figure(model: Checkpointed, folder: ImageFolder, rows: Tensor, seed: int) -> float | None:
@@ -239,10 +247,8 @@ def _probed(model: Checkpointed) -> dict[str, Any]:
 
 def _tell_progress(training: Training, share: float, options: argparse.Namespace) -> None:
     progress = training.progress(share)
-    bound = options.family in CONDITIONALS
-    name, value, unit = (
-        ("nats", progress.loss, "nats an image") if bound else ("bpd", progress.bits_per_dim, "bits a dimension")
-    )
+    name, unit, _ = WORDS[_unit(options)]
+    value = progress.bits_per_dim if name == "bpd" else progress.loss
     line = {
         "step": progress.step, "seconds": round(progress.seconds, 2), name: round(value, 4),
         "total_seconds": progress.total_seconds,
@@ -255,8 +261,7 @@ def _tell_result(result: dict[str, Any], options: argparse.Namespace) -> None:
         return _write(json.dumps(result))
     _write(f"wrote {result['path']}: {result['family']}, {result['parameters']:,} parameters, {result['steps']} steps")
     unit = _unit(options)
-    what = "bits per dimension" if unit == "bits_per_dim" else "negative ELBO in nats an image"
-    _write(f"{what}: training {result[f'{unit}_training']}, held out {result[f'{unit}_held_out']}")
+    _write(f"{WORDS[unit][2]}: training {result[f'{unit}_training']}, held out {result[f'{unit}_held_out']}")
     for text in [*result["warnings"], *([f"not usable yet: {result['refused']}"] if result["refused"] else [])]:
         _write(f"note: {text}")
 
@@ -305,7 +310,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m models.train", description="Train a model on a folder of images.")
     parser.add_argument("folder", type=_folder, help="JPEG, PNG or WEBP files; its sub-folders are classes")
-    parser.add_argument("--family", required=True, help=", ".join(sorted(FAMILIES)))
+    parser.add_argument("--family", required=True, help=", ".join(TRAINABLE))
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--size", type=_number(int, 2, 1024), default=32, help="side of the square image, in pixels")
     parser.add_argument("--channels", type=int, choices=[1, 3], default=3, help="1: grey; 3: RGB")

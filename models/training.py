@@ -241,20 +241,25 @@ class Training:
         if self._bounded is not None and self._labels is not None:
             x = self._bounded.encode(batch.to(self._device), generator=generator)
             draws = tuple(part.to(self._device) for part in self._bounded.draw(len(x), generator=generator))
-            labels = self._labels[rows].to(self._device)
+            labels = self._told(rows)
             if own is None or not isinstance(self._bounded, TwoParts):
-                return self._bounded.losses(x, labels, draws).mean()
+                with self._precision():
+                    return self._bounded.losses(x, labels, draws).mean()
             reconstruction, divergence = self._bounded.parts(x, labels, draws)
             return (reconstruction + own.kl(share) * divergence).mean()
         x = flow_input(self._flow, batch.cpu(), self._n_bits, generator).to(self._device)
         with self._precision():
             if self._labels is None:
                 return -self._flow.log_prob(x).mean()
-            labels = self._labels[rows]
-            if self._own is not None and self._own.label_drop:
-                dropped = torch.rand(len(labels), generator=generator) < self._own.label_drop
-                labels = labels.masked_fill(dropped, UNLABELLED)
-            return -cast(LabelledFlow, self._flow).log_prob(x, labels.to(self._device)).mean()
+            return -cast(LabelledFlow, self._flow).log_prob(x, self._told(rows)).mean()
+
+    def _told(self, rows: Tensor) -> Tensor:
+        """The labels of a batch, on the model's device, but for the share that the recipe drops."""
+        labels = cast(Tensor, self._labels)[rows]
+        if self._own is not None and self._own.label_drop:
+            dropped = torch.rand(len(labels), generator=self._generator) < self._own.label_drop
+            labels = labels.masked_fill(dropped, UNLABELLED)
+        return labels.to(self._device)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         able = self._device.type == "cuda" and torch.cuda.is_bf16_supported()

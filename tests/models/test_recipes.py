@@ -8,18 +8,18 @@ from torch import nn
 
 from models.errors import ArchitectureError
 from models.families import FAMILIES, FLOWS
-from models.recipes import SettingError, flow_for, model_for, plan_for, read_settings
+from models.recipes import TRAINABLE, SettingError, flow_for, model_for, plan_for, read_settings
 from models.training_recipes import AutoencoderRecipe, TrainingRecipe, TransformerRecipe
 from tests.models.flow_table import generator
 
 MOST_DIMENSIONS = {"maf": 4096, "iaf": 4096}
 """Of the families that have such a limit."""
-every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+every_family = pytest.mark.parametrize("family", TRAINABLE)
 
 
 def classes_of(family: str) -> int:
     """As many classes as the family cannot be without."""
-    return 3 if family in ("class-prior", "vae") else 0
+    return 3 if family in ("class-prior", "vae", "ddpm") else 0
 
 
 @every_family
@@ -46,6 +46,8 @@ def classes(family: str) -> dict[str, int]:
 def an_override(family: str, width: int) -> tuple[str, int | list[int]]:
     """What makes a model of that family so wide."""
     known = FAMILIES[family].architecture
+    if "channels" in known:
+        return "channels", [width]
     return ("hidden", [width] if known["hidden"] is list else width) if "hidden" in known else ("width", width)
 
 
@@ -100,10 +102,25 @@ def test_the_widths_of_a_vae_are_whole_numbers() -> None:
         read_settings("vae", ["hidden=64,wide"], TrainingRecipe())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - FLOWS.keys()))
+@pytest.mark.parametrize("family", sorted(set(TRAINABLE) - FLOWS.keys()))
 def test_who_asks_for_a_flow_gets_one(family: str) -> None:
     with pytest.raises(SettingError, match="is no flow; flows are class-prior, glow"):
         flow_for(family, (1, 8, 8), 5, None, **classes(family))
+
+
+def test_a_ddpm_halves_the_image_until_it_is_small_and_is_set_by_lists_and_json() -> None:
+    widths = [plan_for("ddpm", (1, side, side), n_classes=2).architecture["channels"] for side in (7, 8, 28, 64)]
+    texts = ["channels=8,16", "attention=true,no", 'sampling={"steps": 5, "guidance_scale": 1.5}']
+
+    architecture, _ = read_settings("ddpm", texts, TransformerRecipe())
+
+    assert widths == [[32], [32, 64], [32, 64, 128], [32, 64, 128, 256, 256]]
+    assert architecture == {
+        "channels": [8, 16], "attention": [True, False], "sampling": {"steps": 5, "guidance_scale": 1.5}
+    }  # fmt: skip
+    for text in ("sampling=5", "sampling={"):
+        with pytest.raises(SettingError, match="sampling is a JSON object, not"):
+            read_settings("ddpm", [text], TransformerRecipe())
 
 
 def test_digits_have_the_papers_sizes_and_are_never_mirrored() -> None:
@@ -114,6 +131,11 @@ def test_digits_have_the_papers_sizes_and_are_never_mirrored() -> None:
     assert isinstance(digits.recipe, AutoencoderRecipe)
     assert isinstance(photos.recipe, AutoencoderRecipe)
     assert digits.recipe.turn > 0 == photos.recipe.turn
+
+
+def test_what_is_not_trained_here_is_refused_with_what_is() -> None:
+    with pytest.raises(SettingError, match=r"stable-diffusion is not trained here.*class-prior, ddpm, glow"):
+        plan_for("stable-diffusion", (3, 64, 64))
 
 
 def test_a_pair_is_set_by_its_two_numbers() -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints import METADATA_KEY, load_flow, load_tensors, read_manifest, save_checkpoint, tensor_digest
+from models.checkpoints import METADATA_KEY, load_flow, read_manifest, save_checkpoint, tensor_digest
 from models.errors import ArchitectureError
 from models.tarflow import TarFlow
 from models.tarflow_blocks import LOG_SCALE_LIMIT, NO_LABEL
+from models.tensor_files import read_tensors
 from tests.models.flow_table import generator
 from tests.models.tarflow_cases import SHAPE, latents, noisy_images, small
 
@@ -83,7 +84,7 @@ def test_a_class_that_was_taken_away_is_on_record_through_checkpoints(tmp_path: 
 def test_a_checkpoint_that_is_older_than_the_record_has_all_its_classes(tmp_path: Path) -> None:
     flow, path = small(n_classes=3), tmp_path / "older.safetensors"
     save_checkpoint(path, flow)
-    tensors = load_tensors(path)
+    tensors = read_tensors(path)
     del tensors["removed_classes"]
     manifest = dataclasses.replace(read_manifest(path), tensor_digest=tensor_digest(tensors))
     save_file(tensors, path, metadata={METADATA_KEY: manifest.to_json()})

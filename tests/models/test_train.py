@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from models.checkpoints import load_conditional, load_flow, read_manifest
-from models.families import FAMILIES, FLOWS
+from models.families import FLOWS
 from models.image_folder import hold_out, read_folder
 from models.probe import probe
+from models.recipes import TRAINABLE
 from models.train import DONE, FAILED, USAGE, Stopped, _parser, _Stop, main, train
 from tests.models.flow_table import generator
 
@@ -20,6 +21,7 @@ SMALL = {
     "glow": ["n_flow=2", "hidden=8"], "realnvp": ["n_flow=2", "hidden=8"], "maf": ["n_flow=2", "hidden=16"],
     "iaf": ["n_flow=2", "hidden=16"], "tarflow": ["width=16", "n_block=2", "n_layer=1"],
     "class-prior": ["width=16", "n_block=2", "n_layer=1"], "vae": ["hidden=16,8", "latent=2"],
+    "ddpm": ["channels=8,16", "norm_groups=4"],
 }  # fmt: skip
 """Settings of a tiny model of each family."""
 
@@ -49,7 +51,7 @@ def arguments(photos: Path, out: Path, family: str = "glow", *more: str) -> list
 
 
 def test_every_family_has_a_tiny_one_here() -> None:
-    assert SMALL.keys() == FAMILIES.keys()
+    assert SMALL.keys() == set(TRAINABLE)
 
 
 @pytest.mark.parametrize("family", sorted(FLOWS))
@@ -80,6 +82,22 @@ def test_a_vae_learns_its_classes_and_tells_its_bound(
     assert (lines[-1]["refused"], "bpd" in lines[0], "bits_per_dim_held_out" in lines[-1]) == (None, False, False)
     dark, light = load_conditional(out).sample(torch.tensor([0, 1]), generator=generator()).float().mean((1, 2, 3))
     assert dark < 100 < light
+
+
+def test_a_ddpm_is_trained_and_tells_its_squared_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "base.safetensors"
+
+    code = main([*arguments(photos, out, "ddpm"), "--steps", "40", "--json"])
+
+    lines, manifest = [json.loads(line) for line in capsys.readouterr().out.splitlines()], read_manifest(out)
+    assert code == DONE
+    assert (manifest.family, manifest.n_bits, manifest.architecture["channels"]) == ("ddpm", 8, [8, 16])
+    assert manifest.extra["recipe"]["label_drop"] == 0.1
+    found = lines[-1]["squared_error_per_image_held_out"]
+    assert found == manifest.extra["squared_error_per_image_held_out"] < lines[0]["squared_error"]
+    assert (lines[-1]["refused"], "nats" in lines[0], "bits_per_dim_held_out" in lines[-1]) == (None, False, False)
 
 
 def test_a_trained_flow_passes_the_probe_and_has_learnt(
