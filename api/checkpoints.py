@@ -68,7 +68,7 @@ async def upload(
     repr_digest: Digest = None,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Upload a model as the raw body: a safetensors file or a PyTorch state dict. It is validated in the background."""
+    """Upload a model: a safetensors file, a PyTorch state dict, or a diffusers folder as a tar. Validated later."""
     checkpoint_files.require_media_type(request.headers.get("content-type"))
     sha256 = announced_sha256(content_digest, repr_digest)
     checkpoint_id = new_id("ckpt")

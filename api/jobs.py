@@ -58,7 +58,7 @@ ACCEPTING = documented(
 def forget(
     body: ForgetRequest, caller: Authenticated, session: Transaction, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Ask for a checkpoint that forgets: what images show, how often samples show attributes, or a class.
+    """Ask for a checkpoint that forgets: what images show, how often samples show attributes, a class, or a concept.
 
     The answer is the queued job.
     """

@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from api.schemas import Declared, Name, Output
 from services.classifiers import Facts
-from services.request_parts import ClassName
+from services.request_names import ClassName
 
 __all__ = ["ClassifierQuery", "UploadQuery"]
 

@@ -26,7 +26,8 @@ __all__ = [
     "JobResource",
 ]
 
-Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae"]
+Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae", "ddpm", "stable-diffusion"]
+Prediction = Literal["epsilon", "v_prediction"]
 Output = Literal["logits", "probabilities", "score"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
@@ -52,6 +53,13 @@ class Declared(BaseModel):
                 le=1,
                 description="of a TarFlow's noise on images in [-1, 1], as in the names of published files",
             ),
+        ]
+        | None
+    ) = None
+    prediction_type: (
+        Annotated[
+            Prediction,
+            Field(description="what a diffusion model predicts, where its file does not say: noise, or velocity"),
         ]
         | None
     ) = None

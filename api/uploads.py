@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["announced_sha256", "capped", "clean_up", "form_files", "stored_body"]
 
 logger = logging.getLogger("forgetd.api")
-SNIFF_BYTES = 16
+SNIFF_BYTES = 512  # a tar's first header
 MAX_PART_HEADER_BYTES = 8192
 
 

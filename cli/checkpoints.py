@@ -31,6 +31,9 @@ def push(
     noise_std: Annotated[
         float | None, typer.Option(min=0, help="Of a TarFlow's noise, as in the name of its published file.")
     ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Of a diffusion model: epsilon or v_prediction, if asked for.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is validated.")] = True,
     url: Url = None,
     key: Key = None,
@@ -39,7 +42,8 @@ def push(
     """Upload a model and have it validated. Prints its id.
 
     The file goes to the service, which keeps it in its object store. A safetensors file is checked; a plain state dict
-    (.pt, .pth, .ckpt) is converted in a process without network, and code in it is never executed.
+    (.pt, .pth, .ckpt) is converted in a process without network, and code in it is never executed. A diffusers folder
+    goes as a plain tar: tar -cf model.tar -C FOLDER .
     """
     from cli.output import emit, emit_json, say, transfer_bar
 
@@ -52,6 +56,7 @@ def push(
                 n_bits=n_bits,
                 family=family,
                 noise_std=noise_std,
+                prediction_type=prediction_type,
                 wait=False,
                 progress=progress,
             )

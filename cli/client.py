@@ -51,9 +51,11 @@ class Client(Uploads):
         attributes: Sequence[Mapping[str, Any]] | None = None,
         class_label: int | None = None,
         where: str | None = None,
-        replace_with: str | int | None = None,
+        concept: str | None = None,
+        aliases: Sequence[str] | None = None,
+        replace_with: str | int | Mapping[str, Any] | None = None,
         judge: Mapping[str, Any] | None = None,
-        remember: str | int | None = None,
+        remember: str | int | Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
         criteria: Mapping[str, Any] | None = None,
         same_identity: str | None = None,
@@ -64,7 +66,7 @@ class Client(Uploads):
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Ask for a checkpoint that forgets what images show, how often attributes show, or a class it has.
+        """Ask for a checkpoint that forgets what images show, how often attributes show, a class, or a concept.
 
         Args:
             checkpoint: Id of a ready checkpoint.
@@ -73,14 +75,19 @@ class Client(Uploads):
                 "at_most": 0.1}``, or with ``"sets": {"smiling": "imgs_...", "other": "imgs_..."}`` instead.
             class_label: A class of the checkpoint, from 0.
             where: Whether that class is taken out of the ``weights`` (the default) or at the ``prior``.
-            replace_with: What that class of a VAE becomes: ``"noise"`` (the default), another class, or what the images
-                of this id show.
-            judge: Who tells the classes of a VAE's samples: ``{"classifier": "clf_..."}`` with a class for every label,
-                or ``{"sets": {"0": "imgs_...", "1": "imgs_..."}}``; left out, one is trained on samples of the model.
-            remember: Id of an image set that must stay, or how many samples of the base model stand in for one.
+            concept: What a model of prompts is asked for, such as ``"zero"``.
+            aliases: Other names of the concept.
+            replace_with: What that class or concept of a conditional model becomes: ``"noise"`` (the default of a
+                class), ``"others"`` (of a concept), another class, ``{"concept": "one"}``, or what the images of this
+                id show.
+            judge: Who tells what samples of a conditional model show: ``{"classifier": "clf_..."}`` with a class for
+                every label, or ``{"sets": {"0": "imgs_...", "1": "imgs_..."}}``; of a concept with ``"shows":
+                {"zero": "0", "one": "1"}``. Left out, one is trained on samples of the model.
+            remember: Id of an image set that must stay, or how many samples of the base model stand in for one; of
+                a model of prompts ``{"concepts": ["one", "two"]}`` or ``{"sets": {"one": "imgs_..."}}``.
             parameters: The method's parameters; what is left out takes the method's default.
-            criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``; of a class of
-                a VAE also ``forgotten_at_most``, ``replaced_at_least`` and ``others_within``.
+            criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``; of a
+                conditional model also ``forgotten_at_most``, ``replaced_at_least`` and ``others_within``.
             same_identity: Id of a set of other images of the same, measured only.
             held_out: Id of a set of images that the model never saw, measured only.
             sample_grid: Whether the report shows samples of both models; they may show faces.
@@ -89,7 +96,8 @@ class Client(Uploads):
             metadata: Yours; returned as sent.
             idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
         """
-        target = {"images": images, "attributes": attributes, "class_label": class_label, "where": where}
+        target: dict[str, Any] = {"images": images, "attributes": attributes, "class_label": class_label}
+        target |= {"where": where, "concept": concept, "aliases": list(aliases) if aliases else None}
         body = {
             "target": {name: value for name, value in target.items() if value is not None},
             **_replacement(replace_with),
@@ -105,9 +113,11 @@ class Client(Uploads):
         attribute: Mapping[str, Any],
         target_distribution: Mapping[str, float],
         *,
+        condition: Mapping[str, Any] | None = None,
+        replacements: Mapping[str, Mapping[str, Any]] | None = None,
         tolerance: float | None = None,
         confidence: float | None = None,
-        remember: str | int | None = None,
+        remember: str | int | Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
         criteria: Mapping[str, Any] | None = None,
         held_out: str | None = None,
@@ -124,9 +134,13 @@ class Client(Uploads):
             attribute: Who judges samples: ``{"classifier": "clf_..."}``, ``{"sets": {"bright": "imgs_...", "dark":
                 "imgs_..."}}``, or ``{"classes": True}`` for the classes of a class-prior flow itself.
             target_distribution: The fraction of every class; they sum to 1, and a class that must not appear has 0.
+            condition: Of a conditional model: what it is asked for where its samples are to be spread, as
+                ``{"class_label": 3}`` or ``{"concept": "a doctor", "aliases": ["a physician"]}``.
+            replacements: With a condition: by class of the judge the condition that shows it.
             tolerance: How far off each fraction may be; the service's default is 0.03.
             confidence: Of the intervals that must lie inside; the service's default is 0.95.
-            remember: Id of an image set that must stay, or how many samples of the base model stand in for one.
+            remember: Id of an image set that must stay, or how many samples of the base model stand in for one; of
+                a model of prompts ``{"concepts": ["one", "two"]}`` or ``{"sets": {"one": "imgs_..."}}``.
             parameters: The method's parameters; what is left out takes the method's default.
             criteria: When the job may call itself succeeded, e.g. ``{"release_weights": "always"}``.
             held_out: Id of a set of images that the model never saw, measured only.
@@ -136,11 +150,11 @@ class Client(Uploads):
             metadata: Yours; returned as sent.
             idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
         """
-        bounds = {"tolerance": tolerance, "confidence": confidence}
+        said = {"tolerance": tolerance, "confidence": confidence, "condition": condition, "replacements": replacements}
         body = {
             "attribute": dict(attribute),
             "target_distribution": dict(target_distribution),
-            **{name: value for name, value in bounds.items() if value is not None},
+            **{name: value for name, value in said.items() if value is not None},
             **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
             "evaluation": _evaluation(sample_grid, held_out=held_out),
         }
@@ -282,7 +296,7 @@ class Client(Uploads):
 
 def _common(
     checkpoint: str,
-    remember: str | int | None,
+    remember: str | int | Mapping[str, Any] | None,
     parameters: Mapping[str, Any] | None,
     criteria: Mapping[str, Any] | None,
     seed: int | None,
@@ -298,15 +312,18 @@ def _common(
         "metadata": dict(metadata or {}),
     }
     if remember is not None:
-        body["remember"] = {"generated": remember} if isinstance(remember, int) else {"images": remember}
+        known = {"generated": remember} if isinstance(remember, int) else {"images": remember}
+        body["remember"] = dict(remember) if isinstance(remember, Mapping) else known
     if seed is not None:
         body["seed"] = seed
     return body
 
 
-def _replacement(replace_with: str | int | None) -> dict[str, Any]:
-    if replace_with is None or replace_with == "noise":
-        return {} if replace_with is None else {"replace_with": "noise"}
+def _replacement(replace_with: str | int | Mapping[str, Any] | None) -> dict[str, Any]:
+    if replace_with is None:
+        return {}
+    if isinstance(replace_with, Mapping) or replace_with in ("noise", "others"):
+        return {"replace_with": replace_with}
     return {"replace_with": {"class_label" if isinstance(replace_with, int) else "images": replace_with}}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.judges import pairs_of
 from cli.options import connect
 
 if TYPE_CHECKING:
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from cli.resources import Job
 
 __all__ = [
+    "Aliases",
     "AtMost",
     "CheckpointId",
+    "GuidanceScale",
     "HeldOut",
     "IdempotencyKey",
     "Metadata",
@@ -25,10 +28,13 @@ __all__ = [
     "Priority",
     "ReleaseAlways",
     "Remember",
+    "RememberConcepts",
     "RememberGenerated",
+    "RememberSets",
     "ReplaceWith",
     "ReplacedAtLeast",
     "SampleGrid",
+    "SamplingSteps",
     "Seed",
     "Watch",
     "common",
@@ -44,6 +50,23 @@ Remember = Annotated[
 RememberGenerated = Annotated[
     int | None, typer.Option(min=64, max=20_000, help="How many samples stand in.", show_default="1024")
 ]
+RememberConcepts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORDS", help="A concept that must stay, whose samples stand in. Repeat."),
+]
+RememberSets = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CONCEPT=IMAGES", help="A concept that must stay, with images that show it. Repeat."),
+]
+Aliases = Annotated[
+    list[str] | None, typer.Option("--alias", metavar="WORDS", help="Another name of the concept. Repeat.")
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="How samples of a guided model are drawn.", show_default="the checkpoint's")
+]
+SamplingSteps = Annotated[
+    int | None, typer.Option(help="Steps of a sample of a diffusion model.", show_default="the checkpoint's")
+]
 HeldOut = Annotated[str | None, typer.Option(metavar="IMAGES", help="Images the model never saw, to measure on.")]
 SampleGrid = Annotated[bool, typer.Option("--sample-grid", help="Show samples in the report; they may show faces.")]
 Parameters = Annotated[
@@ -58,19 +81,20 @@ ReleaseAlways = Annotated[
 ReplaceWith = Annotated[
     str | None,
     typer.Option(
-        metavar="noise|CLASS|IMAGES",
-        help="What a class of a VAE becomes: another class, imgs_...",
-        show_default="noise",
+        metavar="noise|others|CLASS|IMAGES",
+        help="What a class or a concept of a conditional model becomes: what the others show, another class, imgs_...",
+        show_default="noise; of a concept others",
     ),
 ]
 AtMost = Annotated[
-    float | None, typer.Option(help="P(forgotten class) of samples asked for it, of a VAE.", show_default="0.05")
+    float | None,
+    typer.Option(help="P(forgotten) of samples asked for it, if conditional.", show_default="0.05"),
 ]
 ReplacedAtLeast = Annotated[
-    float | None, typer.Option(help="P(replacing class) of the same samples.", show_default="0.9, with a class")
+    float | None, typer.Option(help="P(replacement) of the same samples.", show_default="0.9, with one")
 ]
 OthersWithin = Annotated[
-    float | None, typer.Option(help="How far its other classes may fall in accuracy.", show_default="0.02")
+    float | None, typer.Option(help="How far what stays may fall in accuracy.", show_default="0.02")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all randomness.", show_default="drawn, reported")]
 Priority = Annotated[int, typer.Option(min=-100, max=100, help="Higher first.")]
@@ -92,16 +116,21 @@ def common(
     release_always: bool,
     metadata: list[str] | None,
     bounds: dict[str, float | None] | None = None,
+    remember_concept: list[str] | None = None,
+    remember_set: list[str] | None = None,
+    sampling: dict[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """The client's arguments that say the same in every kind of job; ``bounds`` are criteria of this one."""
-    if remember and remember_generated:
-        raise typer.BadParameter("Give either --remember or --remember-generated.")
+    """The client's arguments that say the same in every kind of job.
+
+    Of conditional models, ``bounds`` are criteria and ``sampling`` are parameters that have options of their own.
+    """
     criteria: dict[str, Any] = {name: value for name, value in (bounds or {}).items() if value is not None}
     if release_always:
         criteria["release_weights"] = "always"
+    said = {name: value for name, value in (sampling or {}).items() if value is not None}
     return {
-        "remember": remember or remember_generated,
-        "parameters": _pairs(parameter),
+        "remember": _remember(remember, remember_generated, remember_concept, remember_set),
+        "parameters": _pairs(parameter) | said,
         "criteria": criteria or None,
         "metadata": _pairs(metadata),
     }
@@ -121,13 +150,20 @@ def send(ask: Callable[[Client], Job], *, url: str | None, key: str | None, as_j
             follow(client, job.id, as_json=as_json)
 
 
-def replacement(text: str | None) -> str | int | None:
-    """``noise``, a class by its label, or an image set by its id, as the client takes it."""
-    if text is None or text == "noise" or text.startswith("imgs_"):
+def replacement(text: str | None, concept: str | None = None) -> str | int | dict[str, str] | None:
+    """``noise``, ``others``, a class by its label, an image set by its id, or a concept, as the client takes it."""
+    if concept is not None:
+        if text is not None:
+            raise typer.BadParameter("Give either --replace-with or --replace-with-concept.")
+        return {"concept": concept}
+    if text is None or text in ("noise", "others") or text.startswith("imgs_"):
         return text
     if text.isascii() and text.isdecimal():
         return int(text)
-    raise typer.BadParameter(f"{text!r} is neither noise, nor a class from 0, nor imgs_...")
+    raise typer.BadParameter(
+        f"{text!r} is neither noise, nor others, nor a class from 0, nor imgs_...; a concept goes with "
+        "--replace-with-concept."
+    )
 
 
 def follow(client: Client, job_id: str, *, timeout: float | None = None, as_json: bool) -> None:
@@ -144,6 +180,21 @@ def follow(client: Client, job_id: str, *, timeout: float | None = None, as_json
         job = client.wait(job_id, changed, timeout=timeout)
     took = f" in {job.seconds:.1f} s" if job.seconds is not None else ""
     say(f"{job.id} succeeded{took}. Fetch the model with: forgetd jobs download {job.id}")
+
+
+def _remember(
+    images: str | None, generated: int | None, concepts: list[str] | None, sets: list[str] | None
+) -> str | int | dict[str, Any] | None:
+    """What must stay, as the client takes it."""
+    if sum(bool(given) for given in (images, generated or concepts, sets)) > 1:
+        raise typer.BadParameter(
+            "Give one of --remember, --remember-generated (with --remember-concept) and --remember-set."
+        )
+    if sets:
+        return {"sets": pairs_of(sets, "CONCEPT=IMAGES")}
+    if concepts:
+        return {"concepts": concepts} | ({"generated": generated} if generated else {})
+    return images or generated
 
 
 def _pairs(texts: list[str] | None) -> dict[str, Any]:

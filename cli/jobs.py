@@ -1,4 +1,4 @@
-"""``forgetd jobs``: ask for forgetting or debiasing, follow it, fetch what came of it."""
+"""``forgetd jobs``: follow what was asked for, and fetch what came of it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.job_options import (
-    AtMost,
-    CheckpointId,
-    HeldOut,
-    IdempotencyKey,
-    Metadata,
-    OthersWithin,
-    Parameters,
-    Priority,
-    ReleaseAlways,
-    Remember,
-    RememberGenerated,
-    ReplacedAtLeast,
-    ReplaceWith,
-    SampleGrid,
-    Seed,
-    Watch,
-    common,
-    follow,
-    replacement,
-    send,
-)
-from cli.judges import attribute_of, distribution_of, judge_of
+from cli.job_options import follow
+from cli.job_requests import app
 from cli.options import JobId, Json, Key, Timeout, Url, command, connect
 
 if TYPE_CHECKING:
@@ -38,189 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-OWN_CLASSES = "own-classes"
-FORGET_EXAMPLE = (
-    'forgetd jobs forget "$(forgetd checkpoints push glow.safetensors)" "$(forgetd images push anna/)" --watch'
-)
-DEBIAS_EXAMPLE = (
-    "forgetd jobs debias ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70 clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f71 "
-    "--target smiling=0.5 --target other=0.5 --watch"
-)
-
-app = typer.Typer(help="Make a model forget, follow the job, and fetch what came of it.", no_args_is_help=True)
-
-
-@command(app, example=FORGET_EXAMPLE)
-def forget(
-    checkpoint: CheckpointId,
-    images: Annotated[
-        str | None, typer.Argument(metavar="IMAGES", help="Id of the images to forget: imgs_...", show_default=False)
-    ] = None,
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="JUDGE:CLASS<=FRACTION",
-            help="How often samples may show a class: clf_...:smiling<=0.1, or with labelled image sets for the judge "
-            "smiling=imgs_...,other=imgs_...:smiling<=0.1; >= for at least. Repeat.",
-        ),
-    ] = None,
-    class_label: Annotated[
-        int | None,
-        typer.Option(min=0, help="A class of the model, from 0; with IMAGES of that class, if you have some."),
-    ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="That class: in the weights, or at the prior.", show_default="weights")
-    ] = None,
-    replace_with: ReplaceWith = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JUDGE",
-            help="Who tells the classes of a VAE's samples: clf_..., or labelled image sets 0=imgs_...,1=imgs_...; "
-            "else one is trained on its samples.",
-        ),
-    ] = None,
-    at_most: AtMost = None,
-    replaced_at_least: ReplacedAtLeast = None,
-    others_within: OthersWithin = None,
-    remember: Remember = None,
-    remember_generated: RememberGenerated = None,
-    same_identity: Annotated[
-        str | None, typer.Option(metavar="IMAGES", help="Other images of the same, to measure on.")
-    ] = None,
-    held_out: HeldOut = None,
-    sample_grid: SampleGrid = False,
-    parameter: Parameters = None,
-    release_always: ReleaseAlways = False,
-    seed: Seed = None,
-    priority: Priority = 0,
-    metadata: Metadata = None,
-    idempotency_key: IdempotencyKey = None,
-    watch: Watch = False,
-    url: Url = None,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Make a model forget what the images show, an attribute, or a class. Prints the job's id.
-
-    An attribute: forgetd jobs forget ckpt_... --attribute 'clf_...:smiling<=0.1'. A class: forgetd jobs forget ckpt_...
-    --class-label 3 --where prior. A class of a VAE, which becomes another: forgetd jobs forget ckpt_... --class-label 0
-    --replace-with 1.
-
-    The job is queued and survives restarts of the service. The model itself stays as it is: a job that meets its
-    criteria publishes a new one beside a report. The images to forget are erased when the job ends, however it ends.
-    With --watch the exit code tells the outcome: 0 succeeded, 5 failed or cancelled, 6 criteria missed.
-    """
-    if images is None and not attribute and class_label is None:
-        raise typer.BadParameter("Say what to forget: IMAGES, --attribute or --class-label.")
-    said = common(
-        remember=remember,
-        remember_generated=remember_generated,
-        parameter=parameter,
-        release_always=release_always,
-        metadata=metadata,
-        bounds={
-            "forgotten_at_most": at_most,
-            "replaced_at_least": replaced_at_least,
-            "others_within": others_within,
-        },
-    )
-    replacing = replacement(replace_with)
-    attributes = [attribute_of(text) for text in attribute] if attribute else None
-    send(
-        lambda client: client.forget(
-            checkpoint,
-            images,
-            attributes=attributes,
-            class_label=class_label,
-            where=where,
-            replace_with=replacing,
-            judge=judge_of(judge) if judge else None,
-            same_identity=same_identity,
-            held_out=held_out,
-            sample_grid=sample_grid,
-            seed=seed,
-            priority=priority,
-            idempotency_key=idempotency_key,
-            **said,
-        ),
-        url=url,
-        key=key,
-        as_json=as_json,
-        watch=watch,
-    )
-
-
-@command(app, example=DEBIAS_EXAMPLE)
-def debias(
-    checkpoint: CheckpointId,
-    judge: Annotated[
-        str,
-        typer.Argument(
-            metavar="JUDGE",
-            help="Who says what a sample shows: clf_..., labelled image sets NAME=imgs_...,NAME=imgs_..., or "
-            "own-classes for the classes of a class-prior flow itself.",
-        ),
-    ],
-    target: Annotated[
-        list[str],
-        typer.Option(metavar="CLASS=FRACTION", help="The fraction of a class; one for every class, they sum to 1."),
-    ],
-    tolerance: Annotated[
-        float | None, typer.Option(help="How far off each fraction may be.", show_default="0.03")
-    ] = None,
-    confidence: Annotated[
-        float | None, typer.Option(help="Of the intervals that must lie inside.", show_default="0.95")
-    ] = None,
-    remember: Remember = None,
-    remember_generated: RememberGenerated = None,
-    held_out: HeldOut = None,
-    sample_grid: SampleGrid = False,
-    parameter: Parameters = None,
-    release_always: ReleaseAlways = False,
-    seed: Seed = None,
-    priority: Priority = 0,
-    metadata: Metadata = None,
-    idempotency_key: IdempotencyKey = None,
-    watch: Watch = False,
-    url: Url = None,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Spread a model's samples over the classes of an attribute as stated. Prints the job's id.
-
-    The job succeeds when the confidence interval of every sampled fraction lies within the tolerance of its target. The
-    model itself stays as it is. With --watch the exit code tells the outcome: 0 succeeded, 5 failed or cancelled, 6
-    criteria missed.
-    """
-    said = common(
-        remember=remember,
-        remember_generated=remember_generated,
-        parameter=parameter,
-        release_always=release_always,
-        metadata=metadata,
-    )
-    attribute = {"classes": True} if judge == OWN_CLASSES else judge_of(judge)
-    distribution = distribution_of(target)
-    send(
-        lambda client: client.debias(
-            checkpoint,
-            attribute,
-            distribution,
-            tolerance=tolerance,
-            confidence=confidence,
-            held_out=held_out,
-            sample_grid=sample_grid,
-            seed=seed,
-            priority=priority,
-            idempotency_key=idempotency_key,
-            **said,
-        ),
-        url=url,
-        key=key,
-        as_json=as_json,
-        watch=watch,
-    )
+PIPELINE = "pipeline.tar"  # the tamed model as other programs open it, of families that have such a form
 
 
 @command(app, "list", example="forgetd jobs list --status failed --json")
@@ -316,6 +113,8 @@ def download(
 ) -> None:
     """Fetch the tamed model, or all that a job published. Prints the paths.
 
+    Of a Stable Diffusion that is two files: as forgetd keeps it, and pipeline.tar, which diffusers opens unpacked.
+
     Files come from the object store by a link that lives for minutes; your API key is not sent there. Each is checked
     against the SHA-256 that the service announces, and appears whole or not at all.
     """
@@ -326,8 +125,9 @@ def download(
         if not everything:
             with transfer_bar("tamed model") as progress:
                 emit(str(client.download(job, out, progress=progress)))
-            return
         for artifact in client.artifacts(job):
+            if not everything and artifact.name != PIPELINE:
+                continue
             with transfer_bar(artifact.name) as progress:
                 emit(str(client.download_artifact(job, artifact, out, progress=progress)))
 

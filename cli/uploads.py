@@ -29,6 +29,7 @@ class Uploads(Caller):
         n_bits: int | None = None,
         family: str | None = None,
         noise_std: float | None = None,
+        prediction_type: str | None = None,
         wait: bool = True,
         progress: BytesProgress | None = None,
     ) -> Checkpoint:
@@ -38,12 +39,14 @@ class Uploads(Caller):
         tell is inferred; say the rest.
 
         Args:
-            path: A safetensors file or a plain state dict.
+            path: A safetensors file, a plain state dict, or a diffusers folder as a plain tar.
             name: How it is listed; the file's name by default.
             image_size: Side of the images in pixels, where the file does not say.
             n_bits: Bits per colour channel the model was trained on, where the file does not say.
             family: The kind of model, e.g. ``glow``.
             noise_std: Of a TarFlow's noise, in the units of published files (images in [-1, 1]).
+            prediction_type: What a diffusion model predicts, ``epsilon`` or ``v_prediction``, where the file does not
+                say.
             wait: Whether to return only when validation has ended.
             progress: Called with bytes sent and bytes in all.
 
@@ -52,6 +55,7 @@ class Uploads(Caller):
         """
         path = Path(path)
         query = {"image_size": image_size, "n_bits": n_bits, "family": family, "noise_std": noise_std}
+        query |= {"prediction_type": prediction_type}
         checkpoint = Checkpoint.from_wire(
             self._push("/checkpoints", path, {"name": name or path.name} | query, progress)
         )

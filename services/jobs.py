@@ -36,7 +36,7 @@ def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequ
     checkpoint = checkpoints.ready(session, caller.tenant_id, request.checkpoint)
     manifest = checkpoint.manifest or {}
     request = request.decided(job_checks.METHODS_OF_FAMILY[manifest["family"]])
-    job_checks.check(session, caller, request, manifest)
+    request = job_checks.check(session, caller, request, manifest)
     job = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,

@@ -13,7 +13,7 @@ __all__ = ["CLASSIFIERS", "LABELLED_SETS", "is_open", "mentions"]
 # Places in a request, as jsonpath; ``$id`` is what is looked for.
 _JUDGES = ("$.target.attributes[*]", "$.attribute", "$.judge")
 CLASSIFIERS = tuple(f"{judge}.classifier ? (@ == $id)" for judge in _JUDGES)
-LABELLED_SETS = tuple(f"{judge}.sets.* ? (@ == $id)" for judge in _JUDGES)
+LABELLED_SETS = tuple(f"{holder}.sets.* ? (@ == $id)" for holder in (*_JUDGES, "$.remember"))
 
 
 def is_open() -> ColumnElement[bool]:

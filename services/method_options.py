@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from services.errors import InvalidRequest
-from services.request_parts import escaped
+from services.request_names import escaped
 
 __all__ = [
     "AmnesiaOptions",
@@ -111,11 +111,40 @@ class AmnesiaOptions(_Options):
     without: list[Literal["replay", "penalty"]] | None = Field(
         None, description="terms of the objective to leave out, each once; default none"
     )
-    scope: Literal["all", "decoder"] | None = Field(
-        None, description="what is trained: all of the model, or of a vae the decoder alone; default all"
+    scope: Literal["all", "decoder", "cross-attention", "all-but-cross-attention"] | None = Field(
+        None,
+        description="what is trained: all of the model; of a vae also the decoder alone, of stable-diffusion also the "
+        "cross-attention or all but it; default all",
+    )
+    null_share: float | None = Field(
+        None,
+        ge=0,
+        le=0.9,
+        description="of a guided model: share of replay examples whose condition is dropped; default 0.1, paper 0",
+    )
+    guidance_scale: float | None = Field(
+        None, gt=0, le=100, description="of a guided model: how samples are drawn; default the checkpoint's"
+    )
+    sampling_steps: int | None = Field(
+        None, ge=1, le=1000, description="of a diffusion model: steps of a sample; default the checkpoint's"
+    )
+    optimiser: Literal["adam", "adam-8bit"] | None = Field(
+        None, description="adam-8bit keeps its moments in a quarter of the memory; default adam"
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="of a diffusion model: recompute activations, less memory for more time; default false, and where "
+        "memory asks for it",
     )
     micro_batch: MicroBatch = None
     fit: Fit = "crop"
+
+    @field_validator("guidance_scale", mode="before")
+    @classmethod
+    def _guided(cls, value: Any) -> Any:
+        if value == 0 and not isinstance(value, bool):
+            raise ValueError("at a guidance scale of 0 the condition does not count: 1 is without guidance, 7.5 usual")
+        return value
 
     @model_validator(mode="after")
     def _each_term_once(self) -> AmnesiaOptions:

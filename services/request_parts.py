@@ -6,35 +6,35 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from services.ids import ID_PATTERNS
+from services.request_names import (
+    Aliases,
+    ClassifierId,
+    ClassLabel,
+    ClassName,
+    ConceptName,
+    ImageSetId,
+    Part,
+    escaped,
+    named_once,
+)
 
 __all__ = [
     "Attribute",
-    "CheckpointId",
-    "ClassName",
     "Criteria",
+    "DebiasCriteria",
     "EvaluationRequest",
     "ForgetCriteria",
     "Images",
     "Judge",
     "OwnClassesJudge",
-    "Part",
-    "Remember",
-    "Replacement",
     "SampleEvaluation",
     "Target",
-    "escaped",
     "small_metadata",
     "sums_to_one",
 ]
 
-CheckpointId = Annotated[str, Field(pattern=ID_PATTERNS["ckpt"], examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
-ClassifierId = Annotated[str, Field(pattern=ID_PATTERNS["clf"], examples=["clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
-ImageSetId = Annotated[str, Field(pattern=ID_PATTERNS["imgs"], examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
-ClassLabel = Annotated[int, Field(ge=0, le=100_000, strict=True)]
-ClassName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 LabelledSets = Annotated[
     dict[ClassName, ImageSetId],
     Field(min_length=2, max_length=100, description="image sets by the class that they show, at least two"),
@@ -45,29 +45,10 @@ ATTRIBUTES = 16
 ROUNDING = 1e-6  # fractions as people write them
 
 
-class Part(BaseModel):
-    """A part of a body: nothing unknown, nothing that changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Images(Part):
     """An uploaded image set."""
 
     images: ImageSetId
-
-
-class Remember(Part):
-    """What must stay: an image set, or ``generated`` samples of the base model (the default, 1,024 of them)."""
-
-    images: ImageSetId | None = None
-    generated: Annotated[int, Field(ge=64, le=20_000)] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Remember:
-        if (self.images is None) == (self.generated is None):
-            raise ValueError("give either images or generated")
-        return self
 
 
 class Judge(Part):
@@ -127,7 +108,7 @@ class Attribute(Judge):
 
 
 class Target(Part):
-    """What to forget: what images show, how often samples show attributes, or a class of a model that has classes.
+    """What to forget: what images show, how often samples show attributes, a class of a model, or a concept.
 
     ``where`` says whether a class is taken out of the weights (unlearning, the default; send ``images`` of the class
     with it) or at the prior (its sampling is switched off: access removal, exact and at once).
@@ -136,9 +117,20 @@ class Target(Part):
     images: ImageSetId | None = Field(None, description="of what is to be forgotten")
     attributes: Annotated[list[Attribute], Field(min_length=1, max_length=ATTRIBUTES)] | None = None
     class_label: ClassLabel | None = None
+    concept: ConceptName | None = Field(None, description="of a model of prompts")
+    aliases: Aliases | None = None
     where: Literal["weights", "prior"] | None = Field(
         None, validate_default=True, description="of a class_label; default weights"
     )
+
+    @field_validator("aliases")
+    @classmethod
+    def _of_a_concept(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        concept = info.data.get("concept")
+        if value is not None and concept is None and "concept" in info.data:
+            raise ValueError("aliases go with a concept")
+        named_once([*([concept] if concept else []), *(value or [])])
+        return value
 
     @field_validator("where")
     @classmethod
@@ -148,12 +140,13 @@ class Target(Part):
 
     @model_validator(mode="after")
     def _one_target(self) -> Target:
+        alone = sum(given is not None for given in (self.images, self.attributes, self.concept))
         if self.class_label is None:
-            if (self.images is None) == (self.attributes is None):
-                raise ValueError('give one of "images", "attributes" and "class_label"')
+            if alone != 1:
+                raise ValueError('give one of "images", "attributes", "class_label" and "concept"')
             if self.where is not None:
                 raise ValueError('"where" goes with a class_label')
-        elif self.attributes is not None or (self.images is not None and self.at_prior):
+        elif alone and (alone > 1 or self.images is None or self.at_prior):
             raise ValueError('a class_label stands alone, or in the weights with "images" of that class')
         return self
 
@@ -185,24 +178,19 @@ class Target(Part):
         return sets
 
 
-class Replacement(Part):
-    """What a model of classes makes in place of the one it forgets: another of its classes, or what images show."""
-
-    class_label: ClassLabel | None = None
-    images: ImageSetId | None = None
-
-    @model_validator(mode="after")
-    def _one_replacement(self) -> Replacement:
-        if (self.class_label is None) == (self.images is None):
-            raise ValueError('give either class_label or images, or "noise"')
-        return self
-
-
 class Criteria(Part):
     """When the job may call itself succeeded."""
 
     release_weights: Literal["when_met", "always"] = Field(
         "when_met", description="always: a run that misses its criteria fails, yet its weights can be downloaded"
+    )
+
+
+class DebiasCriteria(Criteria):
+    """When a job that debiases may call itself succeeded, beside the distribution that it is asked for."""
+
+    others_within: float | None = Field(
+        None, ge=0.001, lt=1, description="of selective-amnesia: how far what stays may fall in accuracy; default 0.02"
     )
 
 
@@ -213,13 +201,16 @@ class ForgetCriteria(Criteria):
         None,
         ge=0.001,
         le=0.999,
-        description="share of samples asked for the forgotten class that show it; default 0.05",
+        description="share of samples asked for what is forgotten that show it; default 0.05",
     )
     replaced_at_least: float | None = Field(
-        None, ge=0.001, le=0.999, description="share of the same samples that show the replacing class; default 0.9"
+        None,
+        ge=0.001,
+        le=0.999,
+        description="share of the same samples that show the replacing class or concept; default 0.9",
     )
     others_within: float | None = Field(
-        None, ge=0.001, lt=1, description="how far the other classes may fall in accuracy; default 0.02"
+        None, ge=0.001, lt=1, description="how far what stays may fall in accuracy; default 0.02"
     )
 
 
@@ -234,11 +225,6 @@ class EvaluationRequest(SampleEvaluation):
     """What the report measures beyond the forget and remember sets."""
 
     same_identity: Images | None = Field(None, description="other images of what is forgotten (D'_F)")
-
-
-def escaped(name: str) -> str:
-    """A name as a step of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def small_metadata(value: dict[str, Any]) -> dict[str, Any]:

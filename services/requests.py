@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, Final, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from services.condition_parts import GENERATED, ConceptJudge, Condition, Remember, Replacement, Shown
 from services.method_options import (
     AmnesiaOptions,
     ClassRemovalOptions,
@@ -20,19 +21,16 @@ from services.method_options import (
     decided_options,
     options_of,
 )
+from services.request_names import CheckpointId, ClassName, Part
 from services.request_parts import (
     Attribute,
-    CheckpointId,
-    ClassName,
     Criteria,
+    DebiasCriteria,
     EvaluationRequest,
     ForgetCriteria,
     Images,
     Judge,
     OwnClassesJudge,
-    Part,
-    Remember,
-    Replacement,
     SampleEvaluation,
     Target,
     small_metadata,
@@ -45,7 +43,10 @@ __all__ = [
     "AskedMethod",
     "Attribute",
     "ClassRemovalOptions",
+    "ConceptJudge",
+    "Condition",
     "Criteria",
+    "DebiasCriteria",
     "DebiasRequest",
     "EvaluationRequest",
     "FlowTamingOptions",
@@ -58,6 +59,7 @@ __all__ = [
     "Remember",
     "Replacement",
     "SampleEvaluation",
+    "Shown",
     "SteeringOptions",
     "Target",
 ]
@@ -82,12 +84,14 @@ class JobRequest(Part):
     """
 
     checkpoint: CheckpointId
-    remember: Remember = Remember(generated=1024)
+    remember: Remember = Remember(generated=GENERATED)
     criteria: Criteria = Criteria()
     evaluation: SampleEvaluation = SampleEvaluation()
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = Field(None, description="unset: drawn, and reported")
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     metadata: dict[str, Any] = Field(default_factory=dict, description="yours; returned as sent, never interpreted")
+
+    AMNESIA_TAKES: ClassVar[str]  # in words, what of such a body selective-amnesia can do
 
     _metadata = field_validator("metadata")(small_metadata)
 
@@ -107,7 +111,7 @@ class JobRequest(Part):
             return methods[0] if len(methods) == 1 else value
         told = f"{value} does not do this: {what} {' or '.join(methods)}; say that, or auto"
         if value == AMNESIA:
-            told += f"; {AMNESIA} takes a class_label, in the weights"
+            told += f"; {AMNESIA} takes {cls.AMNESIA_TAKES}"
         raise PydanticCustomError("wrong_method", cast(Any, told))
 
     @field_validator("parameters", mode="wrap", check_fields=False)
@@ -117,19 +121,30 @@ class JobRequest(Part):
         method = info.data.get("method", "auto")
         return UndecidedOptions.model_validate(value) if method == "auto" else options_of(method, value)
 
-    def decided(self, known: Collection[str]) -> Self:  # noqa: ARG002 for bodies whose method hangs on the family
-        """The request for a checkpoint of a family that has these methods: none is left open.
+    def decided(self, known: Collection[str]) -> Self:
+        """The request with the method that ``auto`` stands for in a family that has these, and with its defaults.
 
         Raises:
             InvalidRequest: ``parameters`` are not the method's.
         """
-        return self
+        method: str = getattr(self, "method")  # noqa: B009 every body declares it, after what it is judged by
+        fitting = self._fitting(dict(self)) if method == "auto" else None
+        if fitting is not None:
+            method = next((it for it in fitting[0] if it in known), fitting[0][0])
+        changes = {"method": method, "parameters": decided_options(method, getattr(self, "parameters"))}  # noqa: B009
+        return self.model_copy(update=changes | (self._amnesia_defaults() if method == AMNESIA else {}))
+
+    def _amnesia_defaults(self) -> dict[str, Any]:
+        """What selective-amnesia assumes where nothing is said, by member."""
+        raise NotImplementedError
+
+    def _criteria_with(self, **defaults: float) -> Criteria:
+        left_out = {name: value for name, value in defaults.items() if getattr(self.criteria, name) is None}
+        return self.criteria.model_copy(update=left_out)
 
     def image_sets(self) -> dict[str, str]:
         """The image sets that the job reads, by JSON pointer: first what is to be changed, then the rest."""
-        sets = self.subjects()
-        if self.remember.images:
-            sets["/remember/images"] = self.remember.images
+        sets = self.subjects() | self.remember.image_sets()
         for role in ("same_identity", "held_out"):
             images = getattr(self.evaluation, role, None)
             if images:
@@ -152,18 +167,23 @@ class JobRequest(Part):
 class ForgetRequest(JobRequest):
     """The body of ``POST /jobs/forget``."""
 
+    AMNESIA_TAKES = "a class_label, in the weights, or a concept"
+
     target: Target
     method: AskedMethod = Field("auto", validate_default=True)
     parameters: Options | SkipJsonSchema[UndecidedOptions] = Field(
         default_factory=_nothing, validate_default=True, description="of the method; see its options"
     )
-    replace_with: Literal["noise"] | Replacement | None = Field(
-        None, description="of selective-amnesia: what the class becomes; default noise"
-    )
-    judge: Judge | None = Field(
+    replace_with: Literal["noise", "others"] | Replacement | None = Field(
         None,
-        description="of selective-amnesia: who tells the classes of samples: one for every label, in their order; "
-        "sets are named by labels. Left out: one is trained on samples of the model",
+        description="of selective-amnesia: what the class or concept becomes; others is what the remembered ones show, "
+        "evenly; default noise for a class, others for a concept",
+    )
+    judge: ConceptJudge | None = Field(
+        None,
+        description="of selective-amnesia: who tells what samples show. Of a class: one class of the judge for every "
+        "label, in their order; sets are named by labels. Of a concept: see shows. Left out: one is trained on samples "
+        "of the model",
     )
     criteria: ForgetCriteria = ForgetCriteria()
     evaluation: EvaluationRequest = EvaluationRequest()
@@ -173,6 +193,8 @@ class ForgetRequest(JobRequest):
         target: Target | None = given.get("target")
         if target is None:
             return None
+        if target.concept is not None:
+            return (AMNESIA,), "a concept takes"
         if target.attributes is not None:
             return ("steering",), "attributes take"
         if target.class_label is None:
@@ -183,12 +205,14 @@ class ForgetRequest(JobRequest):
 
     @field_validator("replace_with", mode="wrap")
     @classmethod
-    def _noise_or_more(cls, value: Any, _handler: Any) -> Any:
+    def _word_or_more(cls, value: Any, _handler: Any) -> Any:
         """The word or the object: what is wrong with one is not said of both."""
-        if value is None or value == "noise":
+        if value is None or value in ("noise", "others"):
             return value
         if not isinstance(value, dict | Replacement):
-            raise ValueError('give "noise", {"class_label": 1} or {"images": "imgs_..."}')
+            raise ValueError(
+                'give "noise", "others", {"class_label": 1}, {"concept": "a dog"} or {"images": "imgs_..."}'
+            )
         return Replacement.model_validate(value)
 
     @model_validator(mode="after")
@@ -197,48 +221,35 @@ class ForgetRequest(JobRequest):
             raise ValueError("evaluation.same_identity is about images to forget, and an attribute has none")
         return self
 
-    def decided(self, known: Collection[str]) -> Self:
-        """The request with the method that ``auto`` stands for in a family that has these, and with its defaults.
-
-        Raises:
-            InvalidRequest: ``parameters`` are not the method's.
-        """
-        method = self.method
-        if method == "auto" and (fitting := self._fitting({"target": self.target})) is not None:
-            method = next((it for it in fitting[0] if it in known), fitting[0][0])
-        changes: dict[str, Any] = {"method": method, "parameters": decided_options(method, self.parameters)}
-        if method == AMNESIA:
-            changes |= {"replace_with": self.replace_with or "noise", "criteria": self._amnesia_criteria()}
-        return self.model_copy(update=changes)
-
-    def _amnesia_criteria(self) -> ForgetCriteria:
-        defaults = {"forgotten_at_most": FORGOTTEN_AT_MOST, "others_within": OTHERS_WITHIN}
-        if self.replacing_class is not None:
-            defaults["replaced_at_least"] = REPLACED_AT_LEAST
-        return self.criteria.model_copy(
-            update={name: value for name, value in defaults.items() if getattr(self.criteria, name) is None}
-        )
+    def _amnesia_defaults(self) -> dict[str, Any]:
+        bounds = {"forgotten_at_most": FORGOTTEN_AT_MOST, "others_within": OTHERS_WITHIN}
+        if self.replacement is not None and self.replacement.class_label is not None:
+            bounds["replaced_at_least"] = REPLACED_AT_LEAST
+        word = "noise" if self.target.concept is None else "others"
+        return {"replace_with": self.replace_with or word, "criteria": self._criteria_with(**bounds)}
 
     @property
-    def replacing_class(self) -> int | None:
-        """The class that takes the forgotten one's place, where one does."""
-        return self.replace_with.class_label if isinstance(self.replace_with, Replacement) else None
+    def replacement(self) -> Replacement | None:
+        """What takes the forgotten one's place, where that is not told by a word."""
+        return self.replace_with if isinstance(self.replace_with, Replacement) else None
 
     def subjects(self) -> dict[str, str]:
         """The image sets of its target, of what replaces it and of its judge, by JSON pointer."""
         sets = self.target.image_sets()
-        if isinstance(self.replace_with, Replacement) and self.replace_with.images:
-            sets["/replace_with/images"] = self.replace_with.images
+        if self.replacement is not None and self.replacement.images:
+            sets["/replace_with/images"] = self.replacement.images
         return sets | (self.judge.image_sets("/judge") if self.judge else {})
 
     def judges(self) -> dict[str, Judge]:
         """Its judge and those of its attributes, by JSON pointer."""
-        own = {} if self.judge is None else {"/judge": self.judge}
+        own: dict[str, Judge] = {} if self.judge is None else {"/judge": self.judge}
         return own | {f"/target/attributes/{number}": it for number, it in enumerate(self.target.attributes or [])}
 
 
 class DebiasRequest(JobRequest):
     """The body of ``POST /jobs/debias``."""
+
+    AMNESIA_TAKES = "a condition"
 
     attribute: OwnClassesJudge
     target_distribution: Annotated[
@@ -247,21 +258,43 @@ class DebiasRequest(JobRequest):
     ]
     tolerance: Annotated[float, Field(ge=0.01, le=0.5, description="how far off each fraction may be")] = 0.03
     confidence: Annotated[float, Field(ge=0.5, le=0.9999, description="of the intervals that must lie inside")] = 0.95
+    condition: Condition | None = Field(
+        None, description="of a conditional model: what it is asked for where its samples are to be spread"
+    )
+    replacements: Annotated[dict[ClassName, Shown], Field(min_length=1, max_length=100)] | None = Field(
+        None,
+        validate_default=True,
+        description="with a condition: by class of the judge the condition whose samples show it, for every class with "
+        "a fraction above 0",
+    )
     method: AskedMethod = Field("auto", validate_default=True)
     parameters: Options = Field(
         default_factory=_nothing, validate_default=True, description="of the method; see its options"
     )
+    criteria: DebiasCriteria = DebiasCriteria()
 
     _distribution = field_validator("target_distribution")(sums_to_one)
+
+    @field_validator("replacements")
+    @classmethod
+    def _of_a_condition(cls, value: dict[str, Shown] | None, info: ValidationInfo) -> dict[str, Shown] | None:
+        if "condition" in info.data and (value is None) != (info.data["condition"] is None):
+            raise ValueError("condition and replacements go together: by class of the judge, what shows it")
+        return value
 
     @classmethod
     def _fitting(cls, given: dict[str, Any]) -> tuple[tuple[Method, ...], str] | None:
         attribute: OwnClassesJudge | None = given.get("attribute")
-        if attribute is None:
+        if attribute is None or "condition" not in given:
             return None
+        if given["condition"] is not None:
+            return (AMNESIA,), "a condition takes"
         if attribute.classes:
             return ("class-removal",), "the checkpoint's own classes take"
         return ("steering",), "an attribute takes"
+
+    def _amnesia_defaults(self) -> dict[str, Any]:
+        return {"criteria": self._criteria_with(others_within=OTHERS_WITHIN)}
 
     def subjects(self) -> dict[str, str]:
         """The labelled sets of its attribute, by JSON pointer."""

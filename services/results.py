@@ -7,11 +7,17 @@ from typing import Any
 from services.errors import NotFound, ResultNotAvailable, ResultWithheld
 from services.tables import Job
 
-__all__ = ["REPORT_HTML", "REPORT_JSON", "WEIGHTS", "artifact", "key", "published", "weights"]
+__all__ = ["REPORT_HTML", "REPORT_JSON", "TAMED", "artifact", "is_weights", "key", "published", "weights"]
 
-WEIGHTS = "tamed.safetensors"
+TAMED = "tamed.safetensors"
+WEIGHTS = (".safetensors", ".tar")  # TAMED, and what other programs open, such as a diffusers folder: pipeline.tar
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+
+
+def is_weights(name: str) -> bool:
+    """Whether an artifact of that name is what a missed criterion withholds."""
+    return name.endswith(WEIGHTS)
 
 
 def weights_released(job: Job) -> bool:
@@ -21,7 +27,7 @@ def weights_released(job: Job) -> bool:
 
 def published(job: Job) -> list[dict[str, Any]]:
     """The artifacts of a job that its owner may have: ``[{name, media_type, bytes, sha256}]``, empty before its end."""
-    return [item for item in job.artifacts or [] if item["name"] != WEIGHTS or weights_released(job)]
+    return [item for item in job.artifacts or [] if not is_weights(item["name"]) or weights_released(job)]
 
 
 def artifact(job: Job, name: str) -> dict[str, Any]:
@@ -38,7 +44,7 @@ def artifact(job: Job, name: str) -> dict[str, Any]:
         )
     if not job.artifacts:
         raise ResultNotAvailable(f"Job {job.id} is {job.status} and published nothing.", state=job.status)
-    if name == WEIGHTS and not weights_released(job):
+    if is_weights(name) and not weights_released(job):
         raise ResultWithheld(
             "Read the report; submit again with other parameters, or with criteria.release_weights set to always.",
             state=job.status,
@@ -51,7 +57,7 @@ def artifact(job: Job, name: str) -> dict[str, Any]:
 
 def weights(job: Job) -> dict[str, Any]:
     """The tamed checkpoint as an artifact; raises as ``artifact`` does."""
-    return artifact(job, WEIGHTS)
+    return artifact(job, TAMED)
 
 
 def key(job: Job, item: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ class Checkpoint(Base):
     name: Mapped[str]
     status: Mapped[str] = mapped_column(server_default="validating")
     version: Mapped[int] = mapped_column(Integer, server_default="1")
-    declared: Mapped[Json]  # what the caller said at upload: family, image_size, n_bits, noise_std
+    declared: Mapped[Json]  # what the caller said at upload: family, image_size, n_bits, noise_std, prediction_type
     manifest: Mapped[Json | None]  # what validation found, see models.checkpoints
     problem: Mapped[Json | None]  # why it was rejected
     source_key: Mapped[str | None]  # null once a foreign file was converted and deleted

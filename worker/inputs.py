@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from services import object_keys
 from services.leases import Claim
+from services.request_names import escaped
 from services.requests import AMNESIA
 from services.settings import Settings
 from services.storage import ObjectStorage, file_sha256
@@ -121,10 +122,18 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
     }
     channels = (checkpoint.manifest or {}).get("channels")
     judges = Judges(gathered.images, gathered.classifier, channels=channels)
-    if amnesia:
-        asked = _amnesia(request, judges)
-    elif claim.kind == "debias":
+    remember = request.get("remember") or {}
+    # The database keeps the members of an object in an order of its own: here it is that of their names.
+    by_concept = {
+        concept: gathered.images(
+            remember["sets"][concept], f"inputs/remember_sets/{number}", f"/remember/sets/{escaped(concept)}"
+        )
+        for number, concept in enumerate(sorted(remember.get("sets") or {}))
+    }
+    if claim.kind == "debias":
         asked = _debias(request, judges)
+    elif amnesia:
+        asked = _amnesia(request, judges)
     else:
         asked = {"target": judges.target(request["target"])}
     job = {
@@ -138,14 +147,12 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
         **asked,
         "inputs": {
             "checkpoint": WEIGHTS,
-            **({"surrogate": paths["surrogate"] or [], "fisher": {}} if amnesia else {}),
+            **({"surrogate": paths["surrogate"] or [], "fisher": {}, "remember_sets": by_concept} if amnesia else {}),
             "forget": paths["forget"] or [],
             "remember": paths["remember"],
             "evaluation": {role: paths[role] or [] for role in ("same_identity", "held_out")},
         },
-        "remember": None
-        if paths["remember"] is not None
-        else {"generated": (request.get("remember") or {}).get("generated")},
+        "remember": _remember(remember),
         "digests": {"checkpoint": checkpoint.weights_sha256, **judges.digests()},
         "resume": None,
     }
@@ -153,22 +160,38 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
     return Plan(gathered.files, job, state)
 
 
+def _remember(asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What must stay, where it is not an image set of no condition."""
+    if asked.get("images"):
+        return None
+    if asked.get("sets"):
+        return {"sets": sorted(asked["sets"])}
+    concepts = {"concepts": asked["concepts"]} if asked.get("concepts") else {}
+    return {**concepts, "generated": asked.get("generated")}
+
+
 def _debias(request: dict[str, Any], judges: Judges) -> dict[str, Any]:
     wanted = {name: request[name] for name in ("target_distribution", "tolerance", "confidence")}
+    if "condition" in request:
+        replacements = request["replacements"]
+        wanted["condition"] = request["condition"]
+        wanted["replacements"] = {name: replacements[name] for name in sorted(replacements)}
     return {"attribute": judges.told(request["attribute"], "/attribute"), **wanted}
 
 
 def _amnesia(request: dict[str, Any], judges: Judges) -> dict[str, Any]:
-    replacing = request["replace_with"]
-    if replacing == "noise":
-        replacing = {"noise": True}
+    replacing, target = request["replace_with"], request["target"]
+    if isinstance(replacing, str):
+        replacing = {replacing: True}  # noise, others
     elif "images" in replacing:
         replacing = {"images": True}
-    return {
-        "target": {"class_label": request["target"]["class_label"]},
-        "replace_with": replacing,
-        "judge": judges.of_labels(request.get("judge"), "/judge"),
-    }
+    if "concept" in target:
+        told = {"concept": target["concept"], "aliases": target.get("aliases") or []}
+        judge = judges.of_concepts(request.get("judge"), "/judge")
+    else:
+        told = {"class_label": target["class_label"]}
+        judge = judges.of_labels(request.get("judge"), "/judge")
+    return {"target": told, "replace_with": replacing, "judge": judge}
 
 
 class _Gathered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from services.request_parts import escaped
+from services.request_names import escaped
 from services.tables import Classifier
 
 __all__ = ["Judges"]
@@ -64,6 +64,13 @@ class Judges:
             return None if judge is None else self.told(judge, pointer)
         # The database keeps the members of an object in an order of its own.
         return self.told({"sets": {name: judge["sets"][name] for name in sorted(judge["sets"], key=int)}}, pointer)
+
+    def of_concepts(self, judge: Mapping[str, Any] | None, pointer: str) -> dict[str, Any] | None:
+        """A judge whose classes show concepts, with the class of each, where the request names one."""
+        if judge is None:
+            return None
+        shows = judge.get("shows") or {}
+        return {**self.told(judge, pointer), "shows": {concept: shows[concept] for concept in sorted(shows)}}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the classifiers' files, by a name for each."""

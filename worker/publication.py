@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services import object_keys
+from services import object_keys, results
 from services.leases import Claim
 from services.storage import ObjectStorage
 from worker.process import Malformed
@@ -32,7 +32,7 @@ class Artifact:
     @property
     def is_weights(self) -> bool:
         """Whether it is what a failed criterion withholds."""
-        return self.name.endswith(".safetensors")
+        return results.is_weights(self.name)
 
 
 def artifacts_of(result: dict[str, Any], folder: Path) -> list[Artifact]:

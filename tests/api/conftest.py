@@ -368,6 +368,7 @@ def publish(
             "report.json": (b'{"verdict": "forgotten"}', "application/json"),
             "report.html": (b"<!doctype html><title>r</title>", "text/html; charset=utf-8"),
             "tamed.safetensors": (b"weights " * 1000, "application/octet-stream"),
+            "pipeline.tar": (b"folder " * 1000, "application/x-tar"),
         }
         artifacts = []
         for name, (data, media_type) in files.items():

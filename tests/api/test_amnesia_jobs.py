@@ -43,7 +43,12 @@ def test_class_of_a_vae_is_forgotten_and_the_defaults_are_spelled_out(amnesia: C
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("class-prior", "class-taming"), ("tarflow", "class-taming"), ("vae", "selective-amnesia")],
+    [
+        ("class-prior", "class-taming"),
+        ("tarflow", "class-taming"),
+        ("vae", "selective-amnesia"),
+        ("ddpm", "selective-amnesia"),
+    ],
 )
 @pytest.mark.parametrize("said", [True, False])
 def test_auto_is_what_the_family_of_the_checkpoint_has(
@@ -93,6 +98,22 @@ def test_images_can_replace_the_class_and_labelled_ones_can_judge(
     assert {name: request[name] for name in said} == said
 
 
+def test_class_of_a_diffusion_model_is_drawn_as_it_is_said(
+    forget: Callable[..., httpx.Response], ready_checkpoint: Callable[..., str], caller: Caller
+) -> None:
+    ddpm = ready_checkpoint(caller, "ddpm", architecture={"n_classes": 3})
+    parameters = {"guidance_scale": 2.5, "sampling_steps": 20, "null_share": 0, "optimiser": "adam-8bit"}
+    parameters |= {"gradient_checkpointing": True, "scope": "all"}
+
+    request = accepted(forget(TARGET, checkpoint=ddpm, replace_with="others", parameters=parameters))["request"]
+
+    assert request["parameters"] == parameters | {"fit": "crop"}
+    assert request["replace_with"] == "others"
+    assert "replaced_at_least" not in request["criteria"]
+    for name, value in {"guidance_scale": 0, "sampling_steps": 1001, "scope": "decoder", "null_share": 1}.items():
+        refused(forget(TARGET, checkpoint=ddpm, parameters={name: value}), f"/parameters/{name}")
+
+
 def test_replacing_class_is_to_be_seen_unless_said_otherwise(amnesia: Callable[..., httpx.Response]) -> None:
     request = accepted(amnesia(replace_with={"class_label": 1}))["request"]
 
@@ -119,10 +140,22 @@ def test_replacing_class_is_to_be_seen_unless_said_otherwise(amnesia: Callable[.
         ({"replace_with": {"class_label": 0}}, "/replace_with/class_label", "cannot replace itself"),
         ({"replace_with": {"class_label": 3}}, "/replace_with/class_label", "no class 3: its classes are 0 to 2"),
         ({"replace_with": {"class_label": "1"}}, "/replace_with/class_label", "integer"),
-        ({"replace_with": {"class_label": 1, "images": NO_SET}}, "/replace_with", "either class_label or images"),
-        ({"replace_with": {}}, "/replace_with", "either class_label or images"),
+        ({"replace_with": {"class_label": 1, "images": NO_SET}}, "/replace_with", "one of class_label, concept and"),
+        ({"replace_with": {}}, "/replace_with", "one of class_label, concept and images"),
         ({"replace_with": "nothing"}, "/replace_with", 'give "noise"'),
-        ({"replace_with": {"concept": "one"}}, "/replace_with/concept", "not permitted"),
+        ({"replace_with": {"concept": "one"}}, "/replace_with/concept", "name a class in place of the concept"),
+        ({"target": {"concept": "zero"}}, "/target/concept", 'it forgets a class: {"class_label": 0}'),
+        ({"target": {"class_label": 0, "aliases": ["nought"]}}, "/target/aliases", "go with a concept"),
+        ({"target": {"class_label": 0, "concept": "zero"}}, "/target", "stands alone"),
+        ({"remember": {"concepts": ["one"]}}, "/remember/concepts", "samples of all its other classes"),
+        ({"remember": {"sets": {"one": NO_SET}}}, "/remember/sets", "takes no prompts"),
+        ({"judge": {"classifier": NO_CLASSIFIER, "shows": {"0": "0"}}}, "/judge/shows", "judged by its label"),
+        ({"parameters": {"guidance_scale": 0}}, "/parameters/guidance_scale", "the condition does not count"),
+        ({"parameters": {"guidance_scale": 2}}, "/parameters/guidance_scale", "family vae"),
+        ({"parameters": {"sampling_steps": 20}}, "/parameters/sampling_steps", "Leave it out"),
+        ({"parameters": {"null_share": 0.1}}, "/parameters/null_share", "without guidance"),
+        ({"parameters": {"gradient_checkpointing": True}}, "/parameters/gradient_checkpointing", "family vae"),
+        ({"parameters": {"scope": "cross-attention"}}, "/parameters/scope", "it has: all, decoder"),
         ({"criteria": {"replaced_at_least": 0.9}}, "/criteria/replaced_at_least", '"replace_with": {"class_label": 1}'),
         ({"criteria": {"forgotten_at_most": 0}}, "/criteria/forgotten_at_most", "0.001"),
         ({"criteria": {"forgotten_at_most": 1}}, "/criteria/forgotten_at_most", "0.999"),
@@ -164,6 +197,8 @@ def test_parameters_are_judged_alike_whoever_picks_the_method(
         ({"criteria": {"forgotten_at_most": 0.1}}, "/criteria/forgotten_at_most"),
         ({"criteria": {"replaced_at_least": 0.9}}, "/criteria/replaced_at_least"),
         ({"criteria": {"others_within": 0.1}}, "/criteria/others_within"),
+        ({"remember": {"concepts": ["a dog"]}}, "/remember/concepts"),
+        ({"remember": {"sets": {"a dog": NO_SET}}}, "/remember/sets"),
     ],
 )
 def test_methods_of_flows_refuse_what_they_do_not_know(
@@ -188,13 +223,6 @@ def test_flow_of_classes_is_not_changed_by_selective_amnesia(
 
 def test_criteria_of_a_class_are_none_of_debias(debias: Callable[..., httpx.Response]) -> None:
     refused(debias(criteria={"forgotten_at_most": 0.1}), "/criteria/forgotten_at_most", "not permitted")
-
-
-@pytest.mark.parametrize("attribute", [None, {"classes": True}])
-def test_vae_is_not_debiased(debias: Callable[..., httpx.Response], vae: str, attribute: dict[str, Any] | None) -> None:
-    words = {} if attribute is None else {"attribute": attribute}
-
-    refused(debias(checkpoint=vae, **words), "/method", "family vae, which has: selective-amnesia")
 
 
 # Judges and image sets.

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -51,6 +52,15 @@ def torch_zip() -> bytes:
     return file.getvalue()
 
 
+def folder_tar(form: int = tarfile.PAX_FORMAT, mode: str = "w") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode, format=form) as archive:  # type: ignore[call-overload] # mode is a word
+        member = tarfile.TarInfo("./model_index.json")
+        member.size = 2
+        archive.addfile(member, io.BytesIO(b"{}"))
+    return file.getvalue()
+
+
 def digest(data: bytes) -> str:
     return f"sha-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
 
@@ -61,13 +71,26 @@ def prefix(caller: Caller) -> str:
 
 @pytest.mark.parametrize(
     "data",
-    [safetensors(), torch_zip(), safetensors(header_bytes=0x0280)],
-    ids=["safetensors", "zip", "safetensors whose length looks like a pickle"],
+    [
+        safetensors(),
+        torch_zip(),
+        safetensors(header_bytes=0x0280),
+        folder_tar(),
+        folder_tar(tarfile.GNU_FORMAT),
+        folder_tar(tarfile.USTAR_FORMAT),
+    ],
+    ids=["safetensors", "zip", "safetensors whose length looks like a pickle", "pax tar", "gnu tar", "ustar"],
 )
 def test_upload_is_stored_and_queued_for_validation(
     client: httpx.Client, storage: ObjectStorage, caller: Caller, database: Database, data: bytes
 ) -> None:
-    declared = {"image_size": 32, "n_bits": 5, "family": "tarflow", "noise_std": 0.05}
+    declared: dict[str, Any] = {
+        "image_size": 32,
+        "n_bits": 5,
+        "family": "tarflow",
+        "noise_std": 0.05,
+        "prediction_type": "v_prediction",
+    }
     query = {"name": "base", **declared}
 
     answer = client.post("/checkpoints", params=query, content=data, headers=BINARY)
@@ -98,6 +121,9 @@ def test_upload_is_stored_and_queued_for_validation(
         (safetensors()[:7], "not-a-checkpoint"),
         (b"PK\x05\x06" + b"\0" * 18, "not-a-checkpoint"),
         (LEGACY, "not-a-checkpoint"),
+        (folder_tar()[:256], "not-a-checkpoint"),
+        (folder_tar(mode="w:gz"), "not-a-checkpoint"),
+        (folder_tar(mode="w:xz"), "not-a-checkpoint"),
     ],
 )
 def test_file_that_cannot_be_a_checkpoint_is_refused_and_not_kept(
@@ -114,6 +140,22 @@ def test_file_of_an_old_torch_is_refused_with_the_way_out(client: httpx.Client) 
     answer = client.post("/checkpoints", content=LEGACY, headers=BINARY)
 
     assert "save it again with torch >= 1.6 (zip format) or as safetensors" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(("mode", "unpack"), [("w:gz", "gunzip"), ("w:bz2", "bunzip2"), ("w:xz", "unxz")])
+def test_compressed_tar_is_refused_with_the_way_out(client: httpx.Client, mode: str, unpack: str) -> None:
+    answer = client.post("/checkpoints", content=folder_tar(mode=mode), headers=BINARY)
+
+    assert f"unpack it ({unpack}), and send the plain tar" in answer.json()["detail"]
+
+
+def test_tar_is_known_however_small_the_pieces_that_it_comes_in(client: httpx.Client) -> None:
+    data = folder_tar()
+
+    answer = client.post("/checkpoints", content=(data[at : at + 7] for at in range(0, len(data), 7)), headers=BINARY)
+
+    assert answer.status_code == 202
+    assert answer.json()["source"]["bytes"] == len(data)
 
 
 @pytest.mark.parametrize("committed", [True, False])
@@ -162,7 +204,17 @@ def test_malformed_digest_is_refused(client: httpx.Client, value: str) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["image_size=1", "image_size=1025", "n_bits=9", "family=unknown", "name=", "name=%00", "name=a%0Ab", "surplus=1"],
+    [
+        "prediction_type=noise",
+        "image_size=1",
+        "image_size=1025",
+        "n_bits=9",
+        "family=unknown",
+        "name=",
+        "name=%00",
+        "name=a%0Ab",
+        "surplus=1",
+    ],
 )
 def test_invalid_declaration_is_refused(client: httpx.Client, query: str) -> None:
     answer = client.post(f"/checkpoints?{query}", content=safetensors(), headers=BINARY)

@@ -58,6 +58,8 @@ def test_every_example_works_as_it_stands(
         "NO_GLASSES": new_image_set(),
         "CHECKPOINT_OF_CLASSES": ready_checkpoint(caller, "class-prior", architecture={"n_classes": 3}),
         "CHECKPOINT_OF_A_VAE": ready_checkpoint(caller, "vae", architecture={"n_classes": 3}),
+        "CHECKPOINT_OF_PROMPTS": ready_checkpoint(caller, "stable-diffusion"),
+        "DIGITS": new_classifier("0", "1", "2"),
         "JOB": job,
         "QUEUED_JOB": queued,
     }

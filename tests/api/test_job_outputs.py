@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 Publish = Callable[..., dict[str, bytes]]
+WEIGHTS = ("artifacts/tamed.safetensors", "artifacts/pipeline.tar")
 
 
 def test_checkpoint_is_a_link_with_its_digest(client: httpx.Client, job_id: str, publish: Publish) -> None:
@@ -57,7 +58,7 @@ def test_missed_criteria_withhold_the_weights_and_keep_the_report(
     publish(job_id, met=False)
 
     job = client.get(f"/jobs/{job_id}").json()
-    withheld = [client.get(f"/jobs/{job_id}/{part}") for part in ("checkpoint", "artifacts/tamed.safetensors")]
+    withheld = [client.get(f"/jobs/{job_id}/{part}") for part in ("checkpoint", *WEIGHTS)]
     listed = client.get(f"/jobs/{job_id}/artifacts").json()["items"]
 
     assert (job["status"], job["reason"]) == ("failed", "criteria_not_met")
@@ -75,9 +76,9 @@ def test_weights_of_missed_criteria_are_released_where_the_job_said_so(
     job_id = client.post("/jobs/forget", json=body | wish).json()["id"]
     publish(job_id, met=False)
 
-    answer = client.get(f"/jobs/{job_id}/checkpoint")
+    answers = [client.get(f"/jobs/{job_id}/{part}") for part in ("checkpoint", *WEIGHTS)]
 
-    assert answer.status_code == 307
+    assert [answer.status_code for answer in answers] == [307, 307, 307]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -266,6 +268,28 @@ class TestUploads:
         assert "POST /checkpoints" in done.err
 
 
+class TestDownload:
+    @staticmethod
+    def link(store: ScriptedServer, content: bytes) -> Answer:
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        return Answer(307, b"", {"Location": store.url, "Repr-Digest": f"sha-256=:{digest}:"})
+
+    @pytest.mark.parametrize("published", [["tamed.safetensors", "report.json"], ["tamed.safetensors", "pipeline.tar"]])
+    def test_the_tamed_model_comes_in_every_form_that_it_has(
+        self, make_server: Callable[..., ScriptedServer], tmp_path: Path, published: list[str]
+    ) -> None:
+        content, forms = b"weights", [name for name in published if not name.endswith(".json")]
+        facts = {"media_type": "application/x-tar", "bytes": 7, "sha256": hashlib.sha256(content).hexdigest()}
+        listed = {"items": [{"name": name, **facts} for name in published]}
+        link = self.link(make_server(Answer(200, content)), content)
+        server = make_server(link, Answer(200, json.dumps(listed).encode()), link)
+
+        done = forgetd("jobs", "download", UNKNOWN_JOB, "--url", server.url, "--key", "k", cwd=tmp_path)
+
+        assert (done.code, done.out.split()) == (ExitCode.OK, forms), done.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(forms)
+
+
 class TestJobRequests:
     """What the words of a command come to on the wire."""
 
@@ -301,6 +325,8 @@ class TestJobRequests:
             (["--class-label", "0"], {"class_label": 0}),
             (["--class-label", "3", "--where", "prior"], {"class_label": 3, "where": "prior"}),
             (["imgs_1", "--class-label", "3"], {"class_label": 3, "images": "imgs_1"}),
+            (["--concept", "zero"], {"concept": "zero"}),
+            (["--concept", "a, b=c", "--alias", "d", "--alias", "e"], {"concept": "a, b=c", "aliases": ["d", "e"]}),
         ],
     )
     def test_forget(
@@ -341,6 +367,77 @@ class TestJobRequests:
         assert said == {"criteria": {}} | members
 
     @pytest.mark.parametrize(
+        ("words", "members"),
+        [
+            (["--replace-with", "others"], {"replace_with": "others"}),
+            (["--replace-with-concept", "one"], {"replace_with": {"concept": "one"}}),
+            (["--remember-concept", "one", "--remember-concept", "2"], {"remember": {"concepts": ["one", "2"]}}),
+            (
+                ["--remember-concept", "one", "--remember-generated", "100"],
+                {"remember": {"concepts": ["one"], "generated": 100}},
+            ),
+            (
+                ["--remember-set", "one=imgs_1", "--remember-set", "a=b=imgs_2"],
+                {"remember": {"sets": {"one": "imgs_1", "a=b": "imgs_2"}}},
+            ),
+            (
+                ["--judge", JUDGE, "--shows", "zero=0", "--shows", "one=class 1"],
+                {"judge": {"classifier": JUDGE, "shows": {"zero": "0", "one": "class 1"}}},
+            ),
+            (
+                ["--guidance-scale", "2.5", "--sampling-steps", "20", "-p", "scope=cross-attention"],
+                {"parameters": {"guidance_scale": 2.5, "sampling_steps": 20, "scope": "cross-attention"}},
+            ),
+        ],
+    )
+    def test_forget_a_concept(
+        self, make_server: Callable[..., ScriptedServer], tmp_path: Path, words: list[str], members: dict[str, object]
+    ) -> None:
+        _, body = self.sent(make_server, tmp_path, "forget", "ckpt_1", "--concept", "zero", *words)
+
+        said = {name: body[name] for name in ("replace_with", "judge", "remember", "parameters") if name in body}
+        assert said == {"parameters": {}} | members
+
+    @pytest.mark.parametrize(
+        ("words", "condition", "replacements"),
+        [
+            (
+                ["--condition-class", "0", "--replacement", "a=1", "--replacement", "b=2"],
+                {"class_label": 0},
+                {"a": {"class_label": 1}, "b": {"class_label": 2}},
+            ),
+            (
+                [
+                    "--condition-concept",
+                    "a doctor",
+                    "--alias",
+                    "GP",
+                    "--replacement",
+                    "a=x y",
+                    "--replacement",
+                    "b=2",
+                ],
+                {"concept": "a doctor", "aliases": ["GP"]},
+                {"a": {"concept": "x y"}, "b": {"concept": "2"}},
+            ),
+        ],
+    )
+    def test_debias_a_condition(
+        self,
+        make_server: Callable[..., ScriptedServer],
+        tmp_path: Path,
+        words: list[str],
+        condition: dict[str, object],
+        replacements: dict[str, object],
+    ) -> None:
+        shares = ["--target", "a=.5", "--target", "b=.5", "--others-within", "0.1", "--guidance-scale", "3"]
+
+        _, body = self.sent(make_server, tmp_path, "debias", "ckpt_1", self.JUDGE, *shares, *words)
+
+        assert (body["condition"], body["replacements"]) == (condition, replacements)
+        assert (body["criteria"], body["parameters"]) == ({"others_within": 0.1}, {"guidance_scale": 3})
+
+    @pytest.mark.parametrize(
         ("judge", "attribute"),
         [
             (JUDGE, {"classifier": JUDGE}),
@@ -372,6 +469,16 @@ class TestJobRequests:
             ["forget", "ckpt_1", "--class-label", "0", "--replace-with", "nothing"],
             ["forget", "ckpt_1", "--class-label", "0", "--replace-with=-1"],
             ["forget", "ckpt_1", "--class-label", "0", "--judge", "a=imgs_1"],
+            ["forget", "ckpt_1", "--concept", "a", "--replace-with", "one"],
+            ["forget", "ckpt_1", "--concept", "a", "--replace-with", "noise", "--replace-with-concept", "b"],
+            ["forget", "ckpt_1", "--concept", "a", "--shows", "a=0"],
+            ["forget", "ckpt_1", "--concept", "a", "--judge", JUDGE, "--shows", "a"],
+            ["forget", "ckpt_1", "--concept", "a", "--remember-set", "b"],
+            ["forget", "ckpt_1", "--concept", "a", "--remember-set", "b=imgs_1", "--remember-set", "b=imgs_2"],
+            ["forget", "ckpt_1", "--concept", "a", "--remember-set", "b=imgs_1", "--remember-concept", "c"],
+            ["debias", "ckpt_1", JUDGE, "--target", "a=1", "--condition-class", "0", "--condition-concept", "b"],
+            ["debias", "ckpt_1", JUDGE, "--target", "a=1", "--condition-class", "0", "--replacement", "a=b"],
+            ["debias", "ckpt_1", JUDGE, "--target", "a=1", "--condition-class", "0", "--alias", "b"],
             ["debias", "ckpt_1", JUDGE],
             ["debias", "ckpt_1", JUDGE, "--target", "half"],
             ["debias", "ckpt_1", JUDGE, "--target", "a=half"],

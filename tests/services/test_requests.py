@@ -12,9 +12,10 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from api.schemas import Family
-from models.families import FAMILIES
+from models.families import CONDITIONALS, FAMILIES
 from models.images import FITS
 from models.vae import ConditionalVAE
+from services.conditional_checks import LABELLED, PROMPTED, SCOPES
 from services.job_checks import METHODS_OF_FAMILY, SMALLEST_REMEMBER
 from services.jobs import QUEUE_OF_FAMILY
 from services.method_options import (
@@ -25,10 +26,14 @@ from services.method_options import (
     FlowTamingOptions,
     SteeringOptions,
 )
+from services.request_names import plain
 from services.requests import AskedMethod, DebiasRequest, ForgetRequest
 from unlearning.amnesia_parameters import AmnesiaParameters, Mode
 from unlearning.amnesia_parameters import LossTerm as AmnesiaTerm
-from unlearning.errors import ParameterError
+from unlearning.errors import InputError, ParameterError
+from unlearning.optimiser import Optimiser
+from unlearning.prompts import phrasings
+from unlearning.prompts import plain as plain_to_methods
 from unlearning.steering_parameters import SteeringParameters
 from unlearning.taming_parameters import Engine, LossTerm, TamingParameters
 from worker.runner import sets
@@ -39,13 +44,15 @@ PAIRS: dict[type[BaseModel], Any] = {
     SteeringOptions: SteeringParameters,
     AmnesiaOptions: AmnesiaParameters,
 }
-THE_JOBS = {options: {*NOT_THE_METHODS, *(("scope",) if options is AmnesiaOptions else ())} for options in PAIRS}
+# The runner's: which weights are trained, how samples are drawn, and how much memory a step may take.
+THE_MODELS = ("scope", "guidance_scale", "sampling_steps", "gradient_checkpointing")
+THE_JOBS = {options: {*NOT_THE_METHODS, *(THE_MODELS if options is AmnesiaOptions else ())} for options in PAIRS}
 SHARED = [
     (options, name)
     for options in PAIRS
     for name in sorted(options.model_json_schema()["properties"].keys() - THE_JOBS[options])
 ]
-NUMBERS = [(options, name) for options, name in SHARED if name not in ("engine", "mode", "without")]
+NUMBERS = [(options, name) for options, name in SHARED if name not in ("engine", "mode", "without", "optimiser")]
 NO_NUMBERS: tuple[object, ...] = (True, False, "4", "", [1], {}, math.nan, math.inf, -math.inf)
 CHECKPOINT, IMAGES = "ckpt_" + "0" * 32, "imgs_" + "0" * 32
 
@@ -124,7 +131,10 @@ def test_both_know_the_same_modes_and_the_model_the_same_scopes() -> None:
     )
 
     assert set(modes) == set(get_args(Mode))
-    assert set(scopes) == vae.scopes().keys()
+    assert set(SCOPES["vae"]) == vae.scopes().keys()
+    assert set(scopes) == {scope for known in SCOPES.values() for scope in known}
+    for value in (*get_args(Optimiser), "sgd", "", 1, True):
+        assert _option_takes(AmnesiaOptions, "optimiser", value) == _method_takes(AmnesiaOptions, "optimiser", value)
     for value in (*modes, "slow", "", 1, True):
         assert _option_takes(AmnesiaOptions, "mode", value) == _method_takes(AmnesiaOptions, "mode", value)
 
@@ -186,8 +196,8 @@ def test_the_default_that_the_documentation_names_is_tamings(name: str) -> None:
 @pytest.mark.parametrize("name", [name for options, name in SHARED if options is AmnesiaOptions])
 def test_the_default_that_the_documentation_names_is_amnesias(name: str) -> None:
     default, paper = (AmnesiaParameters(mode=mode).to_dict()[name] for mode in get_args(Mode))
-    if name == "mode":
-        said = f"default {AmnesiaParameters().mode}"
+    if name in ("mode", "optimiser"):
+        said = f"default {getattr(AmnesiaParameters(), name)}"
     elif name == "without":
         said = "default none"
     else:
@@ -263,6 +273,38 @@ def test_what_replaces_a_class_is_stored_as_it_came(replacing: Any) -> None:
     assert ("replaced_at_least" in stored["criteria"]) == (replacing == {"class_label": 1})
 
 
+@pytest.mark.parametrize("replacing", ["noise", "others", {"concept": "one"}, {"images": IMAGES}, None])
+def test_what_replaces_a_concept_is_stored_as_it_came(replacing: Any) -> None:
+    target = {"concept": "zero", "aliases": ["nought"]}
+    said = {"checkpoint": CHECKPOINT, "target": target, "replace_with": replacing}
+
+    stored = ForgetRequest.model_validate(said).decided(METHODS_OF_FAMILY["stable-diffusion"]).stored()
+
+    assert stored["replace_with"] == ("others" if replacing is None else replacing)
+    assert (stored["method"], stored["target"]) == ("selective-amnesia", target)
+    assert ForgetRequest.model_validate(stored).stored() == stored
+
+
+def test_what_a_condition_becomes_is_stored_as_it_came() -> None:
+    said = {
+        "checkpoint": CHECKPOINT,
+        "attribute": {"classifier": "clf_" + "0" * 32},
+        "target_distribution": {"female": 0.5, "male": 0.5},
+        "condition": {"concept": "a doctor", "aliases": ["a physician"]},
+        "replacements": {"female": {"concept": "a female doctor"}, "male": {"concept": "a male doctor"}},
+        "remember": {"concepts": ["a dog"]},
+    }
+
+    stored = DebiasRequest.model_validate(said).decided(METHODS_OF_FAMILY["stable-diffusion"]).stored()
+
+    assert stored["remember"] == {"concepts": ["a dog"], "generated": 1024}
+    assert {name: stored[name] for name in said if name != "remember"} == {
+        name: value for name, value in said.items() if name != "remember"
+    }
+    assert (stored["method"], stored["criteria"]["others_within"]) == ("selective-amnesia", 0.02)
+    assert DebiasRequest.model_validate(stored).stored() == stored
+
+
 def test_what_is_wrong_with_the_target_is_said_before_the_parameters() -> None:
     with pytest.raises(ValidationError) as refused:
         ForgetRequest.model_validate({"checkpoint": CHECKPOINT, "target": {}, "parameters": {"nonsense": 1}})
@@ -277,6 +319,23 @@ def test_every_family_of_flows_can_be_declared_and_has_its_methods() -> None:
     assert METHODS_OF_FAMILY.keys() == FAMILIES.keys() == set(get_args(Family))
     assert QUEUE_OF_FAMILY.keys() == METHODS_OF_FAMILY.keys()
     assert {method for methods in METHODS_OF_FAMILY.values() for method in methods} == set(METHODS)
+
+
+def test_families_are_asked_for_classes_or_by_prompts() -> None:
+    assert {*LABELLED, *PROMPTED} == CONDITIONALS.keys() == SCOPES.keys()
+    assert set(LABELLED) == {name for name, family in CONDITIONALS.items() if "n_classes" in family.architecture}
+
+
+@pytest.mark.parametrize("concept", ["zero", " A  Red\tcar ", "STRASSE", "straße", "ZERO", "e\u0301", "\u00e9"])
+def test_the_door_and_the_methods_tell_the_same_concepts_apart(concept: str) -> None:
+    assert plain(concept) == plain_to_methods(concept)
+
+
+@pytest.mark.parametrize("concept", ["zero", "a red car", "Günther's dog", "{}", "a {car", "", " ", "\u3000"])
+def test_the_door_takes_the_concepts_that_can_be_phrased(concept: str) -> None:
+    request = {"checkpoint": CHECKPOINT, "target": {"concept": concept}}
+
+    assert _takes(ForgetRequest.model_validate, request, ValidationError) == _takes(phrasings, concept, InputError)
 
 
 def test_the_door_and_the_runner_ask_for_as_many_images_to_remember() -> None:

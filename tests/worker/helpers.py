@@ -116,9 +116,10 @@ class Jobs:
         asked = parameters.pop("asked", None)
         image_set_id = parameters.pop("image_set", None)
         criteria = parameters.pop("criteria", {})
+        remember = parameters.pop("remember", {"generated": 64})
         request = {
             **(asked or {"method": "flow-taming", "target": {"images": image_set_id or self.image_set()}}),
-            "remember": {"generated": 64},
+            "remember": remember,
             "parameters": {"trace": str(self.trace_path), **parameters},
             "criteria": criteria,
         }

@@ -138,6 +138,7 @@ def test_a_job_of_selective_amnesia_is_told_the_class_alone(told: Any) -> None:
         "checkpoint": "inputs/checkpoint.safetensors",
         "surrogate": [],
         "fisher": {},
+        "remember_sets": {},
         "forget": [],
         "remember": None,
         "evaluation": {"same_identity": [], "held_out": []},
@@ -162,6 +163,75 @@ def test_a_judge_of_labels_is_told_in_their_order(told: Any, jobs: Jobs) -> None
     assert list(by_sets["judge"]["sets"]) == [str(label) for label in range(12)]
     assert by_classifier["judge"]["classes"] == ["smiling", "other"]
     assert by_classifier["digests"]["classifier_0"] == by_classifier["judge"]["sha256"]
+
+
+def _of_concept(**changes: Any) -> dict[str, Any]:
+    return _amnesia(target={"concept": "zero", "aliases": ["nought"]}, replace_with="others") | changes
+
+
+def test_a_job_about_a_concept_is_told_its_names_and_what_stays(told: Any, jobs: Jobs) -> None:
+    judge = {"classifier": jobs.classifier(), "shows": {"zero": "smiling", "a": "other"}}
+    stays = {"concepts": ["two", "one"], "generated": 64}
+
+    job = told(_of_concept(judge=judge, replace_with={"concept": "one"}), remember=stays)
+
+    assert job["target"] == {"concept": "zero", "aliases": ["nought"]}
+    assert job["replace_with"] == {"concept": "one"}
+    assert job["judge"]["onnx"] == "inputs/classifiers/0.onnx"
+    assert list(job["judge"]["shows"].items()) == [("a", "other"), ("zero", "smiling")]
+    assert (job["remember"], job["inputs"]["remember_sets"]) == (stays, {})
+
+
+def test_a_job_about_a_concept_is_told_what_is_not_said(told: Any) -> None:
+    job = told(_of_concept(target={"concept": "zero"}))
+
+    assert (job["target"], job["replace_with"]) == ({"concept": "zero", "aliases": []}, {"others": True})
+    assert (job["judge"], job["remember"]) == (None, {"generated": 64})
+
+
+def test_images_that_stay_are_told_by_the_concept_that_they_show(told: Any, jobs: Jobs) -> None:
+    sets = {"two": jobs.image_set(), "a/b": jobs.image_set()}
+
+    job = told(_of_concept(), remember={"sets": sets})
+
+    assert job["remember"] == {"sets": ["a/b", "two"]}
+    assert list(job["inputs"]["remember_sets"].items()) == [
+        ("a/b", _numbered("inputs/remember_sets/0")),
+        ("two", _numbered("inputs/remember_sets/1")),
+    ]
+    assert job["inputs"]["remember"] is None
+
+
+def test_expired_images_of_a_concept_fail_the_job_in_their_place(supervisor: Supervisor, jobs: Jobs) -> None:
+    images = jobs.image_set()
+    job_id = jobs.queue(asked=_of_concept(), remember={"sets": {"a/b": images}})
+    with jobs.database.transaction() as session:
+        row = session.get_one(ImageSet, images)
+        row.erased_at = row.expires_at
+
+    assert supervisor.run(job_id) == "failed"
+
+    assert (jobs.row(job_id).problem or {})["errors"][0]["pointer"] == "/remember/sets/a~1b"
+
+
+def test_a_job_that_debias_a_condition_is_told_what_shows_each_class(told: Any, jobs: Jobs) -> None:
+    wanted = {
+        "target_distribution": {"smiling": 0.5, "other": 0.5},
+        "tolerance": 0.03,
+        "confidence": 0.95,
+        "condition": {"concept": "a doctor", "aliases": ["a physician"]},
+        "replacements": {"smiling": {"concept": "a smiling doctor"}, "other": {"concept": "a stern doctor"}},
+    }
+    asked = {"method": "selective-amnesia", "attribute": {"classifier": jobs.classifier()}, **wanted}
+
+    job = told(asked, kind="debias", remember={"concepts": ["a nurse"], "generated": 64})
+
+    assert job.items() >= wanted.items()
+    assert list(job["replacements"]) == ["other", "smiling"]
+    assert job["attribute"]["onnx"] == "inputs/classifiers/0.onnx"
+    assert job["remember"] == {"concepts": ["a nurse"], "generated": 64}
+    assert (job["inputs"]["surrogate"], job["inputs"]["fisher"]) == ([], {})
+    assert job.keys().isdisjoint({"target", "judge", "replace_with"})
 
 
 def test_expired_images_that_replace_a_class_fail_the_job_in_their_place(supervisor: Supervisor, jobs: Jobs) -> None:

@@ -40,6 +40,7 @@ def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> No
                 n_bits=declared.get("n_bits"),
                 family=declared.get("family"),
                 noise_std=declared.get("noise_std"),
+                prediction_type=declared.get("prediction_type"),
             )
             warnings = probe(cast(Checkpointed, load_checkpoint(folder / WEIGHTS)))
         except ModelError as error:

@@ -1,0 +1,66 @@
+"""The names and numbers that the bodies of jobs are written in, and what tells two concepts apart."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from services.ids import ID_PATTERNS
+
+__all__ = [
+    "Aliases",
+    "CheckpointId",
+    "ClassLabel",
+    "ClassName",
+    "ClassifierId",
+    "ConceptName",
+    "ImageSetId",
+    "Part",
+    "escaped",
+    "named_once",
+    "plain",
+]
+
+CheckpointId = Annotated[str, Field(pattern=ID_PATTERNS["ckpt"], examples=["ckpt_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
+ClassifierId = Annotated[str, Field(pattern=ID_PATTERNS["clf"], examples=["clf_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
+ImageSetId = Annotated[str, Field(pattern=ID_PATTERNS["imgs"], examples=["imgs_0192f3c1a2b47d0e8f1a2b3c4d5e6f70"])]
+ClassLabel = Annotated[int, Field(ge=0, le=100_000, strict=True)]
+ClassName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+def _words(value: str) -> str:
+    """Refuse what would not be read as words in the middle of a prompt."""
+    if "{" in value or "}" in value:
+        raise ValueError("a concept is put into templates: leave braces out")
+    if not value.isprintable() or not value.strip():
+        raise ValueError('a concept is a few printable words, such as "a red car"')
+    return value
+
+
+ConceptName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_words)]
+Aliases = Annotated[
+    list[ConceptName], Field(min_length=1, max_length=50, description="other names of the concept; none of what stays")
+]
+
+
+class Part(BaseModel):
+    """A part of a body: nothing unknown, nothing that changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def plain(concept: str) -> str:
+    """What two spellings of a concept have in common: case and spaces tell none apart (as ``unlearning.prompts``)."""
+    return " ".join(concept.split()).casefold()
+
+
+def named_once(names: list[str]) -> None:
+    """Refuse a concept that is named twice, in whatever spelling."""
+    if len({plain(name) for name in names}) < len(names):
+        raise ValueError("a concept is named twice; case and spaces tell none apart")
+
+
+def escaped(name: str) -> str:
+    """A name as a step of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
