@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from evidence.likelihood import derive_seed
 from evidence.readings import NOTHING, Reading, read
 from models.conditional import LabelledSampler
 
-__all__ = ["BATCH", "evaluate_amnesia", "labels_in_turn", "looked_at", "samples_of"]
+__all__ = ["BATCH", "Pair", "Progress", "accuracy_of", "evaluate_amnesia", "labels_in_turn", "looked_at", "samples_of"]
 
 BATCH = 250
 """Samples drawn at once, whatever the memory: a batch has a seed of its own, so that it is part of what is drawn."""
@@ -130,40 +130,26 @@ def evaluate_amnesia(
             f"there is nothing to judge in {samples} samples of class {label} and {others} of {len(kept)} others by a "
             f"judge of {told} classes"
         )
-    others = -(-others // len(kept)) * len(kept)
-    staying, forgotten = labels_in_turn(kept, others), torch.full((samples,), label, dtype=torch.int64)
-    expected = torch.tensor([shows[one] for one in staying.tolist()])
-    apart = labels_in_turn(kept, min(others, LARGEST_SET))
-    steps = _Steps(on_progress, 2 * _batches(forgotten) + 2 * _batches(staying) + _batches(apart))
-
-    def drawn(model: LabelledSampler, labels: Tensor, which: str) -> Tensor:
-        return samples_of(model, labels, seed=derive_seed(seed, "evaluation", which), on_batch=steps.advance)
-
-    shown = [
-        looked_at(read(judge, drawn(model, forgotten, "forgotten")), shows[label], told, confidence)
-        for model in (base, changed)
-    ]
-    pictures = [drawn(model, staying, "others") for model in (base, changed)]
+    pair = Pair(base, changed, label=label, samples=samples, kept=kept, others=others, seed=seed, report=on_progress)
+    expected = torch.tensor([shows[one] for one in pair.staying.tolist()])
+    shown = [looked_at(read(judge, drawn), shows[label], told, confidence) for drawn in pair.under_the_condition()]
+    pictures = pair.under_the_others()
     right = [read(judge, some).seen == expected for some in pictures]
     return AmnesiaEvaluation(
         label=shows[label],
         replacement=None if replacement is None else shows.get(replacement),
         classes=tuple(judge.classes),
         judge=judge.name,
-        accuracy=_accuracy(judge),
+        accuracy=accuracy_of(judge),
         independent=independent,
         goal=goal,
         before=shown[0],
         after=shown[1],
         kept=tuple(
-            Kept(
-                names[one] if names else judge.classes[shows[one]],
-                *(share(some[staying == one], confidence) for some in right),
-            )
-            for one in kept
+            pair.kept(names[one] if names else judge.classes[shows[one]], one, right, confidence) for one in kept
         ),
         drop=drop_of(right[0], right[1], confidence=confidence),
-        kid=_distance(pictures[0][: len(apart)], drawn(changed, apart, "apart"), extractor, seed),
+        kid=pair.distance(pictures[0], extractor),
         image_shape=image_shape,
         n_bits=n_bits,
         samples=samples,
@@ -172,12 +158,65 @@ def evaluate_amnesia(
     )
 
 
-def _distance(before: Tensor, after: Tensor, extractor: Extractor | None, seed: int) -> Kid:
-    features = extractor or pca_extractor(torch.cat([before, after]))
-    return kid_beside_floor(before, after, features, seed=derive_seed(seed, "kid"))
+class Pair:
+    """Two models that are asked alike: from equal latents, so that what stays can be compared sample by sample.
+
+    Args:
+        base: the model before.
+        changed: the model after.
+        label: of the condition that was changed.
+        samples: to draw of each model under it.
+        kept: the other labels.
+        others: to draw of each model over them, rounded up to as many of each.
+        seed: of all samples.
+        report: called with (step, total) after every batch.
+    """
+
+    def __init__(
+        self,
+        base: LabelledSampler,
+        changed: LabelledSampler,
+        *,
+        label: int,
+        samples: int,
+        kept: Sequence[int],
+        others: int,
+        seed: int,
+        report: Progress | None = None,
+    ) -> None:
+        others = -(-others // len(kept)) * len(kept)
+        self.staying = labels_in_turn(kept, others)
+        self._models, self._seed = (base, changed), seed
+        self._asked = torch.full((samples,), label, dtype=torch.int64)
+        self._apart = labels_in_turn(kept, min(others, LARGEST_SET))
+        batches = 2 * _batches(self._asked) + 2 * _batches(self.staying) + _batches(self._apart)
+        self._steps = _Steps(report, batches)
+
+    def under_the_condition(self) -> Iterator[Tensor]:
+        """Pictures of the condition that was changed, before and after."""
+        return (self._drawn(model, self._asked, "forgotten") for model in self._models)
+
+    def under_the_others(self) -> list[Tensor]:
+        """Pictures of the labels `staying`, before and after, row by row from equal latents."""
+        return [self._drawn(model, self.staying, "others") for model in self._models]
+
+    def kept(self, name: str, label: int, right: Sequence[Tensor], confidence: float) -> Kept:
+        """How many pictures of a label are what they should be, by what is said of all `staying`, before and after."""
+        return Kept(name, *(share(some[self.staying == label], confidence) for some in right))
+
+    def distance(self, before: Tensor, extractor: Extractor | None) -> Kid:
+        """Of pictures of the others, the first of `before` to those of the changed model, drawn apart as it needs."""
+        before, after = before[: len(self._apart)], self._drawn(self._models[1], self._apart, "apart")
+        features = extractor or pca_extractor(torch.cat([before, after]))
+        return kid_beside_floor(before, after, features, seed=derive_seed(self._seed, "kid"))
+
+    def _drawn(self, model: LabelledSampler, labels: Tensor, which: str) -> Tensor:
+        seed = derive_seed(self._seed, "evaluation", which)
+        return samples_of(model, labels, seed=seed, on_batch=self._steps.advance)
 
 
-def _accuracy(judge: Classifier) -> Fraction | None:
+def accuracy_of(judge: Classifier) -> Fraction | None:
+    """Of a judge that knows its own."""
     found = getattr(judge, "accuracy", None)
     return found if isinstance(found, Fraction) else None
 

@@ -15,7 +15,18 @@ from evidence.fractions import CONFIDENCE, Bound, Fraction, Judgement, clopper_p
 from evidence.kid import Kid
 from evidence.records import Outcome, finite
 
-__all__ = ["AmnesiaEvaluation", "Drop", "Goal", "Kept", "Mean", "Shown", "drop_of", "mean_of", "share"]
+__all__ = [
+    "AmnesiaEvaluation",
+    "ConditionEvaluation",
+    "Drop",
+    "Goal",
+    "Kept",
+    "Mean",
+    "Shown",
+    "drop_of",
+    "mean_of",
+    "share",
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Kept:
-    """Share of one remaining class's samples that the judge takes for what they are, before and after."""
+    """Share of one remaining class's samples that the judge takes for what they are, before and after.
+
+    Of a balanced condition's neighbours: for what it takes most of the base's for.
+    """
 
     name: str
     before: Fraction
@@ -149,41 +163,29 @@ def drop_of(before: Tensor, after: Tensor, *, confidence: float = CONFIDENCE) ->
     return Drop((lost - gained) / n, upper, lost, gained, n, confidence)
 
 
-@dataclass(frozen=True)
-class AmnesiaEvaluation:
-    """What forgetting a class did to a conditional model, as measured on fresh samples.
+@dataclass(frozen=True, kw_only=True)
+class ConditionEvaluation:
+    """What changing one condition did to a conditional model, as measured on fresh samples, whatever it was changed to.
 
     Shares are what the judge tells: its errors are in them, and no interval covers those.
 
     Attributes:
-        label: what the forgotten condition showed, a class of the judge.
-        replacement: the class of the judge that is to be shown instead; None where it is none.
         classes: the judge's.
         judge: its name.
         accuracy: of a judge that was trained for this job, on images that it had not seen; None where not known.
-        independent: False where the judge learned from the base's own samples.
-        goal: what was asked.
-        before: what the base shows under the forgotten condition.
-        after: what the changed model shows.
-        kept: one for each class that stays.
+        kept: one for each other condition.
         drop: of them all, on paired samples.
         kid: distance of their samples, base to changed, drawn apart from each other, beside its noise floor.
         image_shape: (c, h, w).
         n_bits: bits a channel.
-        samples: drawn of each model under the forgotten condition.
-        confidence: of each interval by itself.
+        samples: drawn of each model under the changed condition.
+        confidence: of each interval by itself, where nothing else is said.
         seed: of all samples.
     """
 
-    label: int
-    replacement: int | None
     classes: tuple[str, ...]
     judge: str
     accuracy: Fraction | None
-    independent: bool
-    goal: Goal
-    before: Shown
-    after: Shown
     kept: tuple[Kept, ...]
     drop: Drop
     kid: Kid
@@ -192,6 +194,41 @@ class AmnesiaEvaluation:
     samples: int
     confidence: float
     seed: int
+
+    def figures(self) -> dict[str, float | int | str | bool | None]:
+        """What a caller stores of what stays, as JSON values: null for what is missing or not finite."""
+        flat: dict[str, float | int | str | bool | None] = {
+            "samples": self.samples,
+            "others_drop": finite(self.drop.value),
+            "others_drop_upper": finite(self.drop.upper),
+            "others_samples": self.drop.n,
+            "kid_others": finite(self.kid.value),
+            "kid_others_within_noise": self.kid.within_noise,
+        }
+        for one in self.kept:
+            flat[f"before/{one.name}"], flat[f"after/{one.name}"] = finite(one.before.value), finite(one.after.value)
+        return flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmnesiaEvaluation(ConditionEvaluation):
+    """What forgetting a class did to a conditional model.
+
+    Attributes:
+        label: what the forgotten condition showed, a class of the judge.
+        replacement: the class of the judge that is to be shown instead; None where it is none.
+        independent: False where the judge learned from the base's own samples.
+        goal: what was asked.
+        before: what the base shows under the forgotten condition.
+        after: what the changed model shows.
+    """
+
+    label: int
+    replacement: int | None
+    independent: bool
+    goal: Goal
+    before: Shown
+    after: Shown
 
     @property
     def forgotten(self) -> Judgement:
@@ -218,19 +255,9 @@ class AmnesiaEvaluation:
 
     def summary(self) -> dict[str, float | int | str | bool | None]:
         """The figures that a caller prints or stores, as JSON values: null for what is missing or not finite."""
-        flat: dict[str, float | int | str | bool | None] = {
-            "outcome": self.outcome,
-            "samples": self.samples,
-            "others_drop": finite(self.drop.value),
-            "others_drop_upper": finite(self.drop.upper),
-            "others_samples": self.drop.n,
-            "kid_others": finite(self.kid.value),
-            "kid_others_within_noise": self.kid.within_noise,
-        }
+        flat = {"outcome": self.outcome, **self.figures()}
         for name, shown in (("before", self.before), ("after", self.after)):
             flat |= _figures(name, shown, self.label, self.replacement)
-        for one in self.kept:
-            flat[f"before/{one.name}"], flat[f"after/{one.name}"] = finite(one.before.value), finite(one.after.value)
         return flat
 
 

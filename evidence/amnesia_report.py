@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from evidence import schema
-from evidence.amnesia_records import AmnesiaEvaluation, Mean, Shown
-from evidence.amnesia_schema import AmnesiaJudge, AmnesiaReport, DropPart, KeptRow, ShownPart
-from evidence.fractions import Fraction, Judgement, fraction_of
+from evidence import condition_parts, schema
+from evidence.amnesia_records import AmnesiaEvaluation, Shown
+from evidence.amnesia_schema import AmnesiaJudge, AmnesiaReport, ShownPart
+from evidence.condition_parts import as_percent, how_often, interval
+from evidence.fractions import Bound, Judgement
 from evidence.report_parts import RunFacts, losses, provenance, rounded, verdict
 from evidence.schema import Criterion
 
 __all__ = ["build_amnesia_report"]
-
-STAYED = "what stays"
 
 LIMITATIONS = (
     "Shares are what the judge tells of samples. It errs, and on samples of a model perhaps more often than on the "
@@ -79,28 +78,19 @@ def build_amnesia_report(
         before=_shown(evaluation.before),
         after=_shown(evaluation.after),
         curves=_curves(evaluation, history),
-        kept=tuple(
-            KeptRow(label=one.name, before=_interval(one.before), after=_interval(one.after), n=one.after.n)
-            for one in evaluation.kept
-        ),
-        drop=_drop(evaluation),
-        kid=_kid(evaluation),
+        kept=condition_parts.kept_rows(evaluation),
+        drop=condition_parts.drop_part(evaluation, evaluation.goal.others_within),
+        kid=condition_parts.distance(evaluation),
         judge=AmnesiaJudge(
             name=evaluation.judge,
             classes=evaluation.classes,
-            accuracy=None if evaluation.accuracy is None else _interval(evaluation.accuracy),
+            accuracy=None if evaluation.accuracy is None else interval(evaluation.accuracy),
             independent=evaluation.independent,
             entropy_most=rounded(math.log(len(evaluation.classes))) or 0.0,
         ),
         drift=rounded(drift),
         rollbacks=rollbacks,
-        data=schema.SampleFacts(
-            image_shape=evaluation.image_shape,
-            n_bits=evaluation.n_bits,
-            samples=evaluation.samples,
-            confidence=evaluation.confidence,
-            image_fitting=run.image_fitting,
-        ),
+        data=condition_parts.sample_facts(evaluation, run),
     )
 
 
@@ -111,8 +101,8 @@ def _criteria(evaluation: AmnesiaEvaluation) -> tuple[Criterion, ...]:
         Criterion(
             name="forgotten",
             statement=f"Of samples under the forgotten condition, the share that the judge “{evaluation.judge}” "
-            f"takes for “{name}” lies at or below {_percent(goal.forgotten_at_most)} with its whole interval; measured "
-            "is its upper end.",
+            f"takes for “{name}” lies at or below {as_percent(goal.forgotten_at_most)} with its whole interval; "
+            "measured is its upper end.",
             threshold=rounded(goal.forgotten_at_most),
             value=rounded(after[evaluation.label].high),
             met=evaluation.forgotten.told == "inside",
@@ -123,7 +113,7 @@ def _criteria(evaluation: AmnesiaEvaluation) -> tuple[Criterion, ...]:
             Criterion(
                 name="replaced",
                 statement=f"The share that it takes for “{evaluation.classes[evaluation.replacement]}” lies at or "
-                f"above {_percent(goal.replaced_at_least)} with its whole interval; measured is its lower end.",
+                f"above {as_percent(goal.replaced_at_least)} with its whole interval; measured is its lower end.",
                 threshold=rounded(goal.replaced_at_least),
                 value=rounded(after[evaluation.replacement].low),
                 met=evaluation.replaced.told == "inside",
@@ -133,8 +123,8 @@ def _criteria(evaluation: AmnesiaEvaluation) -> tuple[Criterion, ...]:
         Criterion(
             name="others_stayed",
             statement=f"Of samples of the other classes, the share taken for what they are fell by no more than "
-            f"{_percent(goal.others_within)}, at {_percent(drop.confidence)} confidence; measured is the upper end of "
-            f"the drop over {drop.n:,} pairs of samples from equal latents.",
+            f"{as_percent(goal.others_within)}, at {as_percent(drop.confidence)} confidence; measured is the upper end "
+            f"of the drop over {drop.n:,} pairs of samples from equal latents.",
             threshold=rounded(goal.others_within),
             value=rounded(drop.upper),
             met=evaluation.others_stayed,
@@ -147,30 +137,21 @@ def _sentence(evaluation: AmnesiaEvaluation, criteria: Sequence[Criterion]) -> s
     name, before, after = evaluation.classes[evaluation.label], evaluation.before, evaluation.after
     now = after.shares[evaluation.label]
     figures = (
-        f"of samples under the condition “{name}”, {_percent(now.value)} are still judged as “{name}” (interval "
+        f"of samples under the condition “{name}”, {as_percent(now.value)} are still judged as “{name}” (interval "
         f"{100 * now.low:.1f} to {100 * now.high:.1f} %, n = {now.n:,}), where "
-        f"{_percent(before.shares[evaluation.label].value)} were"
+        f"{as_percent(before.shares[evaluation.label].value)} were"
     )
     if evaluation.replacement is not None:
         shown = after.shares[evaluation.replacement]
-        figures += f", and {_percent(shown.value)} as “{evaluation.classes[evaluation.replacement]}”"
-    figures += f"; the other classes are recognised {_change(evaluation)}"
+        figures += f", and {as_percent(shown.value)} as “{evaluation.classes[evaluation.replacement]}”"
+    figures += (
+        f"; the other classes are recognised {how_often(evaluation)} (no more than "
+        f"{100 * evaluation.drop.upper:.2f} points less at {as_percent(evaluation.drop.confidence)} confidence)"
+    )
     failed = [one.name.replace("_", " ") for one in criteria if not one.met]
     if not failed:
         return f"The class was forgotten: {figures}."
     return f"The criteria were not met ({', '.join(failed)}): {figures}."
-
-
-def _change(evaluation: AmnesiaEvaluation) -> str:
-    points = -100 * evaluation.drop.value
-    upper = f"no more than {100 * evaluation.drop.upper:.2f} points less at {_percent(evaluation.drop.confidence)}"
-    if abs(points) < 0.005:
-        return f"as often as before ({upper} confidence)"
-    return f"{abs(points):.2f} points {'more' if points > 0 else 'less'} often ({upper} confidence)"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
 
 
 def _notes(evaluation: AmnesiaEvaluation, rollbacks: int) -> list[str]:
@@ -181,85 +162,37 @@ def _notes(evaluation: AmnesiaEvaluation, rollbacks: int) -> list[str]:
             "drawn under. It is not independent: what the base confuses, it learned confused, and it says nothing of "
             "how well the base draws its classes. Send a classifier for a judgement of its own."
         )
-    if evaluation.accuracy is not None:
-        where = "labelled images" if evaluation.independent else "samples"
-        notes.append(
-            f"The judge “{evaluation.judge}” was trained for this job and errs on {1 - evaluation.accuracy.value:.1%} "
-            f"of unseen {where}: its shares may be off by as much, before and after alike."
-        )
     if evaluation.after.probability is None:
         notes.append(
             f"The judge “{evaluation.judge}” tells classes and no probabilities: P(y = forgotten) and the entropy of "
             "its answers were not measured; read the shares."
         )
-    if evaluation.kid.within_noise is False:
-        notes.append(
-            "Samples of what stays differ from the base's by more than chance makes two sets of the same pictures "
-            "differ."
-        )
-    if rollbacks:
-        notes.append(f"{rollbacks} times a step was not finite; the run went back and on at half the learning rate.")
-    return notes
+    seen = "labelled images" if evaluation.independent else "samples"
+    return notes + condition_parts.notes(evaluation, rollbacks, seen=seen)
 
 
 def _shares(evaluation: AmnesiaEvaluation) -> tuple[schema.FractionRow, ...]:
-    rows = []
-    for number, name in enumerate(evaluation.classes):
-        told: Judgement | None = None
-        low = high = None
-        if number == evaluation.label:
-            told, high = evaluation.forgotten, evaluation.goal.forgotten_at_most
-        elif number == evaluation.replacement and evaluation.replaced is not None:
-            told, low = evaluation.replaced, evaluation.goal.replaced_at_least
-        rows.append(
-            schema.FractionRow(
-                judge=evaluation.judge,
-                label=name,
-                before=_interval(evaluation.before.shares[number]),
-                after=_interval(evaluation.after.shares[number]),
-                n=evaluation.samples,
-                low=rounded(low),
-                high=rounded(high),
-                told=None if told is None else told.told,
-                samples_needed=None if told is None else told.needed,
-            )
+    asked: dict[int, tuple[Bound, Judgement]] = {}
+    if evaluation.replacement is not None and evaluation.replaced is not None and evaluation.goal.replaced is not None:
+        asked[evaluation.replacement] = evaluation.goal.replaced, evaluation.replaced
+    asked[evaluation.label] = evaluation.goal.forgotten, evaluation.forgotten
+    return tuple(
+        condition_parts.share_row(
+            evaluation,
+            name,
+            evaluation.before.shares[number],
+            evaluation.after.shares[number],
+            *asked.get(number, (None, None)),
         )
-    return tuple(rows)
+        for number, name in enumerate(evaluation.classes)
+    )
 
 
 def _shown(one: Shown) -> ShownPart:
     return ShownPart(
-        probability=None if one.probability is None else _interval(one.probability),
-        entropy=None if one.entropy is None else _interval(one.entropy),
-        unrecognisable=None if one.blank is None else _interval(one.blank),
-    )
-
-
-def _drop(evaluation: AmnesiaEvaluation) -> DropPart:
-    drop = evaluation.drop
-    return DropPart(
-        value=rounded(drop.value),
-        upper=rounded(drop.upper),
-        allowed=evaluation.goal.others_within,
-        lost=drop.lost,
-        gained=drop.gained,
-        n=drop.n,
-        confidence=drop.confidence,
-    )
-
-
-def _kid(evaluation: AmnesiaEvaluation) -> schema.KidRow:
-    one = evaluation.kid
-    return schema.KidRow(
-        judge=evaluation.judge,
-        label=STAYED,
-        value=rounded(one.value),
-        standard_error=rounded(one.standard_error),
-        floor=rounded(one.floor),
-        within_noise=one.within_noise,
-        n_before=one.n,
-        n_after=one.m,
-        extractor=one.extractor,
+        probability=None if one.probability is None else interval(one.probability),
+        entropy=None if one.entropy is None else interval(one.entropy),
+        unrecognisable=None if one.blank is None else interval(one.blank),
     )
 
 
@@ -272,28 +205,7 @@ def _curves(evaluation: AmnesiaEvaluation, history: Sequence[Mapping[str, float]
         rows = [row for row in history if column in row and int(row["step"]) != last]
         if number is None or not last:
             continue
-        points = {0: evaluation.before.shares[number]}
-        points |= {int(row["step"]): _counted(row[column], int(row["n"]), evaluation.confidence) for row in rows}
-        points[last] = evaluation.after.shares[number]
-        curves.append(
-            schema.Curve(
-                judge=evaluation.judge,
-                label=evaluation.classes[number],
-                points=tuple(_point(step, one) for step, one in sorted(points.items())),
-            )
-        )
+        ends = evaluation.before.shares[number], evaluation.after.shares[number]
+        measured = [(int(row["step"]), row[column], int(row["n"])) for row in rows]
+        curves.append(condition_parts.curve(evaluation, evaluation.classes[number], ends, measured, last))
     return tuple(curves)
-
-
-def _counted(value: float, n: int, confidence: float) -> Fraction:
-    return fraction_of(round(value * n), n, confidence=confidence)
-
-
-def _point(step: int, one: Fraction) -> schema.CurvePoint:
-    return schema.CurvePoint(step=step, value=rounded(one.value), low=rounded(one.low), high=rounded(one.high))
-
-
-def _interval(one: Fraction | Mean) -> schema.Interval:
-    return schema.Interval(
-        value=rounded(one.value), low=rounded(one.low), high=rounded(one.high), confidence=one.confidence
-    )

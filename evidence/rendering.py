@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import JsonValue
 
-from evidence.amnesia_schema import AmnesiaReport
+from evidence.amnesia_schema import AmnesiaReport, ConditionReport
 from evidence.plots import curves_svg, density_svg, histograms_svg, losses_svg, qq_svg
 from evidence.records import SetKey
 from evidence.schema import Document, Interval, Report, SteeringReport
@@ -58,8 +58,8 @@ def render_html(report: Document, *, sample_grid_png: bytes | None = None) -> st
         figures["curves"] = curves_svg(report.curves, report.fractions) if report.curves else None
         figures["density"] = None if shown is None else density_svg(shown)
         figures["histograms"] = None if shown is None else histograms_svg(shown)
-    elif isinstance(report, AmnesiaReport):
-        template = "amnesia_report.html.j2"
+    elif isinstance(report, ConditionReport):
+        template = "amnesia_report.html.j2" if isinstance(report, AmnesiaReport) else "balance_report.html.j2"
         figures["curves"] = curves_svg(report.curves, report.shares) if report.curves else None
     elif isinstance(report, Report):
         figures["density"] = density_svg(report.distributions)

@@ -7,7 +7,9 @@ from unlearning.errors import (
     DivergedError,
     FisherError,
     InputError,
+    NotEnoughMemoryError,
     ParameterError,
+    ProcessError,
     StateError,
     UnlearningError,
     UnreachableError,
@@ -16,12 +18,13 @@ from unlearning.fisher import fisher_information
 from unlearning.fisher_files import load_fisher, save_fisher
 from unlearning.fisher_result import Fisher, average_fisher, merge_fisher, normalise_fisher
 from unlearning.near_duplicates import near_duplicates
+from unlearning.processes import Processes, shared_fisher
 from unlearning.progress import Callback, Interrupted, Step
 from unlearning.replay import generate_remember
 from unlearning.state import State
 from unlearning.steering import SteeringResult, measure_fractions, steer
 from unlearning.steering_parameters import SteeringParameters
-from unlearning.surrogates import Examples, Noise, Pool, Surrogate
+from unlearning.surrogates import Examples, Mixture, Noise, Pool, Surrogate, mixing_fractions
 from unlearning.taming import TamingResult, tame
 from unlearning.taming_parameters import TamingParameters
 
@@ -39,9 +42,13 @@ __all__ = [
     "Fractions",
     "InputError",
     "Interrupted",
+    "Mixture",
     "Noise",
+    "NotEnoughMemoryError",
     "ParameterError",
     "Pool",
+    "ProcessError",
+    "Processes",
     "State",
     "StateError",
     "SteeringParameters",
@@ -59,9 +66,11 @@ __all__ = [
     "load_fisher",
     "measure_fractions",
     "merge_fisher",
+    "mixing_fractions",
     "near_duplicates",
     "normalise_fisher",
     "save_fisher",
+    "shared_fisher",
     "steer",
     "tame",
 ]

@@ -38,7 +38,9 @@ def write_brightness(path: Path, *, side: int = SIDE, channels: int = 1) -> dict
     }
 
 
-def write_bands(path: Path, *, side: int = 6, classes: int = 3, blind: int | None = None) -> dict[str, Any]:
+def write_bands(
+    path: Path, *, side: int = 6, classes: int = 3, blind: int | None = None, nothing: bool = True
+) -> dict[str, Any]:
     """Write a judge of `tests.unlearning.tiny_conditional`'s stripes: which third is lightest, or that none is.
 
     Its logits are each third's mean above that of all, times 30, and for a last class "nothing" a constant.
@@ -48,6 +50,7 @@ def write_bands(path: Path, *, side: int = 6, classes: int = 3, blind: int | Non
         side: pixels a side of the images that it reads.
         classes: into which their height is cut.
         blind: a class that it never sees.
+        nothing: whether it tells that none is.
     """
     height = side // classes
     weights = np.full((side, side, classes + 1), -30.0 / side**2, dtype=np.float32)
@@ -57,10 +60,12 @@ def write_bands(path: Path, *, side: int = 6, classes: int = 3, blind: int | Non
     offset = np.array([0.0] * classes + [5.0], dtype=np.float32)
     if blind is not None:
         offset[blind] = -100.0
+    told = classes + nothing
+    weights, offset = weights[..., :told], offset[:told]
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, side, side])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes + 1])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", told])
     held = [
-        numpy_helper.from_array(weights.reshape(side * side, classes + 1), "weights"),
+        numpy_helper.from_array(weights.reshape(side * side, told), "weights"),
         numpy_helper.from_array(offset, "offset"),
     ]
     nodes = [
@@ -73,7 +78,7 @@ def write_bands(path: Path, *, side: int = 6, classes: int = 3, blind: int | Non
     onnx.save(model, path)
     return {
         "onnx": f"inputs/{path.parent.name}/{path.name}",
-        "classes": ["top", "middle", "bottom", "nothing"],
+        "classes": ["top", "middle", "bottom", "nothing"][:told],
         "output": "logits",
         "threshold": 0.5,
         "scale": "unit",

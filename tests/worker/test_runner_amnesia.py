@@ -21,8 +21,9 @@ from evidence.amnesia_schema import AmnesiaReport
 from models.checkpoints import load_conditional, read_manifest, save_checkpoint
 from models.vae import ConditionalVAE
 from tests.unlearning.tiny_conditional import stripes, trained_vae
+from tests.worker.amnesia_runs import assets_of, given, phases_of
 from tests.worker.judges import write_bands
-from tests.worker.runs import Bench, Ended, one_thread, tiny
+from tests.worker.runs import Bench, one_thread, tiny
 
 FORGOTTEN, OTHER = 0, 1
 QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
@@ -63,25 +64,6 @@ def amnesia(base_file: Path) -> Amnesia:
     return amnesia
 
 
-def _phases(ended: Ended) -> list[str]:
-    return [message["phase"] for message in ended.messages if message["type"] == "phase"]
-
-
-def _assets(bench: Bench, ended: Ended) -> dict[str, Path]:
-    """What the run announced, by name."""
-    return {one["name"]: bench.folder / one["path"] for one in ended.messages if one["type"] == "asset"}
-
-
-def _given(bench: Bench, assets: dict[str, Path]) -> Bench:
-    """Put assets into the inputs of a later job."""
-    folder = bench.folder / "inputs" / "fisher"
-    folder.mkdir(parents=True)
-    for name, path in assets.items():
-        shutil.copy(path, folder / f"{name}.safetensors")
-    bench.job["inputs"]["fisher"] = {name: f"inputs/fisher/{name}.safetensors" for name in assets}
-    return bench
-
-
 def _criteria(bench: Bench) -> dict[str, bool]:
     return {one["name"]: one["met"] for one in bench.report()["verdict"]["criteria"]}
 
@@ -94,7 +76,7 @@ def test_a_class_is_forgotten_and_the_report_shows_it_with_intervals(amnesia: Am
     report, summary = bench.report(), ended.result["summary"]
     rows = {row["label"]: row for row in report["shares"]}
     assert ended.result["outcome"] == "succeeded"
-    assert _phases(ended) == ["fisher", "unlearning", "evaluating"]
+    assert phases_of(ended) == ["fisher", "unlearning", "evaluating"]
     assert rows["top"]["before"]["low"] > 0.9
     assert rows["top"]["after"]["high"] <= CRITERIA["forgotten_at_most"]
     assert report["before"]["probability"]["low"] > 0.9 > 0.1 > report["after"]["probability"]["high"]
@@ -189,13 +171,13 @@ def test_what_one_job_computed_spares_the_next(amnesia: Amnesia, tmp_path: Path)
     again.job["parameters"] = {**QUICK, "max_steps": 5}
 
     began = first.run_here()
-    assets = _assets(first, began)
-    ended = _given(again, assets).run_here()
+    assets = assets_of(first, began)
+    ended = given(again, assets).run_here()
 
     assert len(assets) == 3
     assert [one.result["summary"]["fisher_parts_computed"] for one in (began, ended)] == [3, 0]
-    assert "fisher" not in _phases(ended)
-    assert _assets(again, ended) == {}
+    assert "fisher" not in phases_of(ended)
+    assert assets_of(again, ended) == {}
     digests = [bench.report()["provenance"]["digests"] for bench in (first, again)]
     of_class = [digests[0][f"fisher/{label}"] for label in range(3)]
     assert len(set(of_class)) == 3
@@ -208,7 +190,7 @@ def test_reused_information_gives_the_same_bits(amnesia: Amnesia, tmp_path: Path
         bench.job["parameters"] = {**QUICK, "max_steps": 20}
 
     with one_thread():
-        _given(benches[1], _assets(benches[0], benches[0].run_here())).run_here()
+        given(benches[1], assets_of(benches[0], benches[0].run_here())).run_here()
 
     assert benches[0].digest() == benches[1].digest()
 
@@ -222,15 +204,15 @@ def test_information_of_another_model_or_class_is_computed_anew(
     shutil.copy(foreign, other.folder / "inputs" / "checkpoint.safetensors")
     for one in (other, first, bench):
         one.job["parameters"] = {**QUICK, "max_steps": 2}
-    theirs, ours = _assets(other, other.run_here()), _assets(first, first.run_here())
+    theirs, ours = assets_of(other, other.run_here()), assets_of(first, first.run_here())
     names = list(ours)
     swapped = {names[0]: next(iter(theirs.values())), names[1]: ours[names[2]], names[2]: tmp_path / "none"}
     (tmp_path / "none").write_bytes(b"no tensors")
 
-    ended = _given(bench, swapped).run_here()
+    ended = given(bench, swapped).run_here()
 
     assert set(names).isdisjoint(theirs)
-    assert set(_assets(bench, ended)) == set(names)
+    assert set(assets_of(bench, ended)) == set(names)
     assert bench.digest() == first.digest()
     assert capfd.readouterr().err.count("is made anew") == 3
 
@@ -239,15 +221,15 @@ def test_information_that_holds_no_numbers_is_computed_anew(amnesia: Amnesia, tm
     first, bench = amnesia(tmp_path / "first"), amnesia(tmp_path / "bench")
     for one in (first, bench):
         one.job["parameters"] = {**QUICK, "max_steps": 2}
-    ours = _assets(first, first.run_here())
+    ours = assets_of(first, first.run_here())
     name, path = next(iter(ours.items()))
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 no dict
     save_file({key: torch.full_like(value, torch.nan) for key, value in tensors.items()}, tmp_path / "nan", metadata)
 
-    ended = _given(bench, {**ours, name: tmp_path / "nan"}).run_here()
+    ended = given(bench, {**ours, name: tmp_path / "nan"}).run_here()
 
-    assert set(_assets(bench, ended)) == {name}
+    assert set(assets_of(bench, ended)) == {name}
     assert bench.digest() == first.digest()
 
 
@@ -308,7 +290,7 @@ def test_what_makes_no_sense_is_refused_at_its_place(
 
     assert ended.problem["type"] == f"urn:forgetd:problem:{problem}"
     assert [one["pointer"] for one in ended.problem.get("errors", [])] == ([] if pointer is None else [pointer])
-    assert _phases(ended) == []
+    assert phases_of(ended) == []
 
 
 def test_a_flow_is_refused(amnesia: Amnesia, tmp_path: Path) -> None:

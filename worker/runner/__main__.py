@@ -19,14 +19,15 @@ from worker.runner import sandbox
 from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop, wait_for_job
 from worker.runner.problems import OutOfMemory, UserError
 
-# The module that runs a job, by its method, and what is loaded ahead by its kind, when no more is known. Each has a
-# function ``run(job, folder, reporter, stop)``.
-METHODS = {
+# The module that runs a job, by its method, or by its kind too where both matter, and what is loaded ahead by its kind,
+# when no more is known. Each has a function ``run(job, folder, reporter, stop)``.
+METHODS: dict[str | tuple[str, str], str] = {
     "flow-taming": "worker.runner.forget",
     "steering": "worker.runner.steer",
     "class-removal": "worker.runner.classes",
     "class-taming": "worker.runner.classes",
     "selective-amnesia": "worker.runner.amnesia",
+    ("debias", "selective-amnesia"): "worker.runner.balance",
 }
 KINDS = {"forget": "worker.runner.forget", "debias": "worker.runner.steer", "import": "worker.runner.imports"}
 
@@ -64,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
 
 def module_of(job: Mapping[str, Any]) -> ModuleType:
     """The module that runs the job."""
-    name = KINDS["import"] if job["kind"] == "import" else METHODS[job["method"]]
-    return importlib.import_module(name)
+    if job["kind"] == "import":
+        return importlib.import_module(KINDS["import"])
+    return importlib.import_module(METHODS.get((job["kind"], job["method"])) or METHODS[job["method"]])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

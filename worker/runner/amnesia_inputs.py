@@ -15,9 +15,9 @@ from worker.runner.own_samples import OwnSamples
 from worker.runner.problems import UserError
 from worker.runner.sets import SMALLEST_REMEMBER
 
-__all__ = ["NOT_THE_AMNESIAS", "label_of", "parameters_for", "replay_of", "surrogates_of", "trained_by"]
+__all__ = ["NOT_THE_AMNESIAS", "label_of", "parameters_for", "refused", "replay_of", "surrogates_of", "trained_by"]
 
-NOT_THE_AMNESIAS = ("scope", "guidance_scale", "sampling_steps")
+NOT_THE_AMNESIAS = ("scope", "guidance_scale", "sampling_steps", "gradient_checkpointing")
 """Parameters of the job that say how the model is trained and drawn from."""
 SURROGATES, DEAR_SURROGATES = 1000, 200
 """Samples of a replacement that the forgotten condition learns from; of a model that draws slowly."""
@@ -34,12 +34,15 @@ def label_of(named: Mapping[str, Any], base: ConditionalBase, pointer: str) -> i
     conditions = base.conditions
     if isinstance(conditions, Concepts):
         own = [plain(name) for name in conditions.names]
-        if isinstance(concept := named.get("concept"), str) and plain(concept) in own:
+        concept = named.get("concept")
+        if isinstance(concept, str) and plain(concept) in own:
             return own.index(plain(concept))
-        raise _refused("The model reads prompts and has no classes; name a concept.", f"{pointer}/class_label")
+        if isinstance(concept, str):  # a job's concepts are all that it names, but for what the first is called too
+            raise refused(f"“{concept}” is another name of “{conditions.names[0]}” itself.", f"{pointer}/concept")
+        raise refused("The model reads prompts and has no classes; name a concept.", f"{pointer}/class_label")
     label = named.get("class_label")
     if not isinstance(label, int) or isinstance(label, bool) or label not in base.labels:
-        raise _refused(
+        raise refused(
             f"The model has no class {label!r}; its labels run from 0 to {len(base.labels) - 1}.",
             f"{pointer}/class_label",
         )
@@ -106,5 +109,6 @@ def base_reads(base: ConditionalBase) -> bool:
     return isinstance(base.conditions, Concepts)
 
 
-def _refused(detail: str, pointer: str) -> UserError:
+def refused(detail: str, pointer: str) -> UserError:
+    """A request that makes no sense for this model, with the place."""
     return UserError("invalid-request", "The request cannot be met as it stands", detail, pointer=pointer)

@@ -28,7 +28,7 @@ from worker.runner.own_samples import OwnSamples
 from worker.runner.problems import UserError
 from worker.runner.samples import samples_below
 
-__all__ = ["Asked", "asked_of", "criterion_of"]
+__all__ = ["Asked", "Effort", "asked_of", "criterion_of", "effort_of"]
 
 OWN_NAME = "base samples"
 FRESH = 4
@@ -52,18 +52,31 @@ class Effort:
     """Share of what is allowed to be left that a check wants: the nearer to none, the fewer samples show it."""
     lost: float
     """Share of the allowed drop that a model may use up and still show that it keeps it."""
+    slack: float
+    """Share of the tolerance by which a balanced condition may miss its target and still show that it keeps it."""
     least_samples: int
     least_others: int
 
+    def others_for(self, within: float, confidence: float) -> int:
+        """Samples of what stays with which a model shows that no more than so much of it is lost."""
+        return samples_below(
+            self.lost * within, Bound(high=within), confidence=confidence, classes=2, least=self.least_others
+        )
+
 
 CHEAP = Effort(
-    learnt=200, learnt_at_most=5000, first_look=100, tried=400, tried_others=1000, aim=0.5, lost=0.4, least_samples=500,
-    least_others=2000,
+    learnt=200, learnt_at_most=5000, first_look=100, tried=400, tried_others=1000, aim=0.5, lost=0.4, slack=0.4,
+    least_samples=500, least_others=2000,
 )  # fmt: skip
 DEAR = Effort(
-    learnt=100, learnt_at_most=1600, first_look=50, tried=50, tried_others=180, aim=0.2, lost=0.3, least_samples=200,
-    least_others=400,
+    learnt=100, learnt_at_most=1600, first_look=50, tried=50, tried_others=180, aim=0.2, lost=0.3, slack=0.3,
+    least_samples=200, least_others=400,
 )  # fmt: skip
+
+
+def effort_of(base: ConditionalBase) -> Effort:
+    """What suits the time that the model takes to draw."""
+    return DEAR if isinstance(base.model, GuidedConditional) else CHEAP
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ def asked_of(
         UserError: a criterion cannot be shown, or the judge cannot tell this model's classes, with the figures.
     """
     goal, confidence = _goal(job, replacement), float(job.get("confidence") or CONFIDENCE)
-    effort, spec = DEAR if isinstance(base.model, GuidedConditional) else CHEAP, job.get("judge")
+    effort, spec = effort_of(base), job.get("judge")
     if spec:
         judge = judge_of(spec, "/judge", job, folder, reader, base, on_batch=reporter.alive)
         shows = shown_by(judge, base, spec.get("shows") or {})
@@ -133,7 +146,7 @@ def asked_of(
     enough = partial(samples_below, confidence=confidence, classes=2)
     aims = {"forgotten": Bound(high=goal.forgotten_at_most * effort.aim)}
     samples = enough(aims["forgotten"].high, goal.forgotten, least=effort.least_samples)
-    others = enough(effort.lost * goal.others_within, Bound(high=goal.others_within), least=effort.least_others)
+    others = effort.others_for(goal.others_within, confidence)
     tried = _Tried(judge, base, own, shows, effort, confidence)
     _check_seen(tried, label, goal)
     if goal.replaced is not None and replacement is not None:

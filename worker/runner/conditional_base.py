@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from models.conditional import (
     GuidedConditional,
     LabelledSampler,
     PromptConditional,
+    Sampling,
 )
 from models.errors import ArchitectureError, ModelError
 from unlearning import Examples, Noise
@@ -46,6 +48,12 @@ class ConditionalBase(Origin):
     """`models.checkpoints.tensor_digest` of them."""
     conditions: Conditions
     """What the job's labels stand for."""
+    sampling: Sampling | None
+    """How the checkpoint draws, if not asked otherwise; None: it has no way to choose."""
+    recompute: bool = False
+    """Whether the job asks for activations to be computed twice: less memory for more time."""
+    divisor: int = 1
+    """How many times fewer rows a pass takes than at first, since an attempt ran out of memory."""
 
     @property
     def model(self) -> ConditionalModel:
@@ -61,6 +69,19 @@ class ConditionalBase(Origin):
     def labels(self) -> range:
         """All of the job's."""
         return range(len(self.conditions.names))
+
+    @contextmanager
+    def drawing_as_stored(self, model: object) -> Iterator[None]:
+        """A changed model draws here as its checkpoint does, and not as this job asked: so it is written."""
+        asked = self.model.sampling if isinstance(self.model, GuidedConditional) else None
+        if not isinstance(model, GuidedConditional) or self.sampling is None or asked is None:
+            yield
+            return
+        model.sampling = self.sampling
+        try:
+            yield
+        finally:
+            model.sampling = asked
 
     def encoded(self, images: Tensor, seed: int) -> Tensor:
         """What the loss takes of images (n, c, h, w) uint8, on the CPU; `seed` where the encoding is random."""
@@ -96,9 +117,19 @@ def load_conditional_base(job: Mapping[str, Any], folder: Path) -> ConditionalBa
         model, manifest = load_conditional(path, device), read_manifest(path)
     except ModelError as error:
         raise _refused(str(error)) from error
+    sampling = model.sampling if isinstance(model, GuidedConditional) else None
     _set_sampling(job, model)
-    micro_batch = micro_batch_of(job, model.image_shape)
-    return ConditionalBase(model, path, device, micro_batch, manifest.tensor_digest, _conditions(job, model, manifest))
+    return ConditionalBase(
+        model,
+        path,
+        device,
+        micro_batch_of(job, getattr(model, "latent_shape", model.image_shape)),  # of what passes through the network
+        manifest.tensor_digest,
+        _conditions(job, model, manifest),
+        sampling,
+        recompute=bool(job["parameters"].get("gradient_checkpointing")),
+        divisor=int(job.get("micro_batch_divisor", 1)),
+    )
 
 
 def _conditions(job: Mapping[str, Any], model: CheckpointedConditional, manifest: Manifest) -> Conditions:

@@ -23,9 +23,12 @@ from evidence.likelihood import derive_seed
 from models.checkpoints import tensor_digest
 from models.conditional import GuidedConditional, PromptConditional, StratifiedConditional
 from unlearning import Fisher, FisherError, Step
+from unlearning.memory import MemoryPlan
 from worker.runner.assets import AssetFolder
 from worker.runner.conditional_base import ConditionalBase
 from worker.runner.contract import Reporter
+from worker.runner.fisher_precision import in_bfloat16
+from worker.runner.memory import fit_fisher
 from worker.runner.own_samples import OwnSamples
 from worker.runner.problems import UserError
 
@@ -78,6 +81,7 @@ class _Plan:
     examples: int
     draws: int
     reduction: str
+    precision: str
     seed: int
     name: str
     """Of the asset."""
@@ -85,7 +89,7 @@ class _Plan:
     def check(self, fisher: Fisher, shapes: Mapping[str, torch.Size]) -> Fisher:
         """What was read, if its facts and values are what this plan gives; its weights were checked as it was read."""
         facts = (fisher.examples, fisher.draws, fisher.seed, fisher.reduction, fisher.precision)
-        if facts != (self.examples, self.draws, self.seed, self.reduction, "float32") or not all(
+        if facts != (self.examples, self.draws, self.seed, self.reduction, self.precision) or not all(
             value.shape == shapes[name] and bool((value.isfinite() & (value >= 0)).all())
             for name, value in fisher.tensors.items()
         ):
@@ -124,11 +128,12 @@ def fisher_of_parts(
             found[plan.labels] = read
     missing = [plan for plan in plans if plan.labels not in found]
     examples = [own.examples(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
-    if missing:
-        reporter.phase("fisher")
     progress = _Progress(reporter, sum(plan.examples for plan in missing))
+    if missing:
+        passes = fit_fisher(base, _parameters(base), examples[0])
+        reporter.phase("fisher")
     for plan, these in zip(missing, examples, strict=True):
-        found[plan.labels] = fisher = _computed(plan, base, these, progress)
+        found[plan.labels] = fisher = _computed(plan, base, these, progress, passes)
         assets.keep(plan.name, partial(unlearning.save_fisher, fisher))
     return Parts({plan.labels: found[plan.labels] for plan in plans}, len(missing))
 
@@ -160,12 +165,15 @@ def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int) -> _Pla
     ) else []  # fmt: skip
     rows = [tensor_digest({"condition": base.conditions.trained(label)}) for label in labels]
     facts = [VERSION, base.weights, rows, examples, draws, sampling]
-    name = AssetFolder.name("fisher", facts)
+    precision = "bfloat16" if in_bfloat16(base) else "float32"
+    name = AssetFolder.name("fisher", facts + [precision] * (precision != "float32"))
     reduction = "mean" if isinstance(base.model, PromptConditional) else "sum"
-    return _Plan(labels, examples, draws, reduction, derive_seed(0, name), name)
+    return _Plan(labels, examples, draws, reduction, precision, derive_seed(0, name), name)
 
 
-def _computed(plan: _Plan, base: ConditionalBase, own: unlearning.Examples, progress: _Progress) -> Fisher:
+def _computed(
+    plan: _Plan, base: ConditionalBase, own: unlearning.Examples, progress: _Progress, passes: MemoryPlan
+) -> Fisher:
     try:
         fisher = unlearning.fisher_information(
             base.model,
@@ -175,7 +183,9 @@ def _computed(plan: _Plan, base: ConditionalBase, own: unlearning.Examples, prog
             seed=plan.seed,
             draws_per_example=plan.draws,
             reduction=plan.reduction,
-            micro_batch=base.micro_batch,
+            micro_batch=passes.micro_batch,
+            bfloat16=plan.precision == "bfloat16",
+            recompute=passes.recompute,
             callback=progress,
         )
     except (unlearning.DivergedError, unlearning.InputError) as error:

@@ -27,7 +27,7 @@ from evidence.readings import Probabilistic
 from evidence.steering_records import FractionBounds
 from worker.runner.base import Origin
 from worker.runner.images import Reader
-from worker.runner.problems import UserError
+from worker.runner.problems import UserError, escaped
 from worker.runner.walled_model import IMAGES_AT_ONCE, JudgeProcess, WalledModel
 
 __all__ = ["Judge", "Wanted", "judge_of", "refused_by_judge", "wanted_of"]
@@ -205,7 +205,7 @@ class _Bench:
 
     def _from_sets(self, sets: Mapping[str, list[str]], place: str) -> Classifier:
         images = {
-            name: self._reader.read(paths, "labelled", pointer=f"{place}/{_escaped(name)}").pixels
+            name: self._reader.read(paths, "labelled", pointer=f"{place}/{escaped(name)}").pixels
             for name, paths in sets.items()
         }
         seed, name = derive_seed(self._seed, "judge", place), self._unique(" or ".join(sets))
@@ -251,8 +251,3 @@ def _unprovable(bound: Bound, pointer: str) -> UserError:
     said = "at most 0; ask for at most 0.01, say" if bound.high == 0 else "at least 1; ask for at least 0.99, say"
     detail = f"No number of samples can show a fraction of {said}."
     return UserError("invalid-request", "The request cannot be met as it stands", detail, pointer=pointer)
-
-
-def _escaped(name: str) -> str:
-    """A name as a step of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")

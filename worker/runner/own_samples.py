@@ -34,6 +34,8 @@ VERSION = 1
 """Of how examples are drawn: raised whenever that changes."""
 RUNGS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Numbers of examples that are drawn of a label, so that requests for almost as many share a file."""
+STOCK, FEW_LABELS = 100, 20
+"""Least examples of a label where there are few labels: whatever a later job asks of one, it finds."""
 METADATA_KEY = "forgetd_examples"
 PICTURES_AT_ONCE = 250
 
@@ -131,12 +133,13 @@ class StoredSamples:
 
     def _of(self, label: int, n: int) -> Examples:
         """At least n examples of a label: those held, the smallest file that has as many, or drawn now."""
+        n = max(n, STOCK if len(self.base.labels) <= FEW_LABELS else 0)
         held = self._held.get(label)
         if held is not None and len(held) >= n:
             return held
         rungs = [rung for rung in RUNGS if rung >= n] or [n]
         for rung in rungs:
-            found = self.assets.found(self._name(label, rung), partial(self._load, n=rung), _Damaged)
+            found = self.assets.found(self._name(label, rung), partial(self._load, self._name(label, rung)), _Damaged)
             if found is not None:
                 self._held[label] = found
                 return found
@@ -144,7 +147,7 @@ class StoredSamples:
             self.reporter.phase("replay")
             self._drawing.append(True)
         self._held[label] = drawn = self._draw(label, rungs[0])
-        self.assets.keep(self._name(label, rungs[0]), lambda path: self._save(drawn, path))
+        self.assets.keep(self._name(label, rungs[0]), partial(self._save, drawn, self._name(label, rungs[0])))
         return drawn
 
     def _draw(self, label: int, n: int) -> Examples:
@@ -165,21 +168,23 @@ class StoredSamples:
             "examples", [VERSION, self.base.weights, rows, n, sampling.steps, sampling.guidance_scale]
         )
 
-    def _save(self, examples: Examples, path: Path) -> None:
-        facts = {"weights": self.base.weights, "digest": examples.digest()}
+    def _save(self, examples: Examples, name: str, path: Path) -> None:
         tensors = {"x": examples.x.contiguous(), "condition": examples.condition.contiguous()}
-        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(facts)})
+        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(self._facts(examples, name))})
 
-    def _load(self, path: Path, n: int) -> Examples:
+    def _load(self, name: str, path: Path) -> Examples:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
                 examples = Examples(file.get_tensor("x"), file.get_tensor("condition"))
         except (SafetensorError, OSError, ValueError) as error:
             raise _Damaged(str(error)) from error
-        if facts != {"weights": self.base.weights, "digest": examples.digest()} or len(examples) != n:
-            raise _Damaged("it is of other weights, or was altered")
+        if facts != self._facts(examples, name):
+            raise _Damaged("it holds other samples, or was altered")
         return examples
+
+    def _facts(self, examples: Examples, name: str) -> dict[str, str]:
+        return {"name": name, "weights": self.base.weights, "digest": examples.digest()}
 
 
 class _Damaged(Exception):

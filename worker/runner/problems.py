@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["OutOfMemory", "UserError"]
+__all__ = ["OutOfMemory", "UserError", "escaped"]
 
 
 class OutOfMemory(Exception):
@@ -23,3 +23,8 @@ class UserError(Exception):
         self.problem = {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail, **members}
         if pointer is not None:
             self.problem["errors"] = [*members.get("errors", []), {"pointer": pointer, "detail": detail}]
+
+
+def escaped(name: str) -> str:
+    """A name as a step of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")

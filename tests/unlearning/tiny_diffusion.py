@@ -1,0 +1,36 @@
+"""A tiny class-conditional DDPM of the same three classes of pictures as the tiny VAE draws."""
+
+from __future__ import annotations
+
+import torch
+
+from models.conditional import NO_CONDITION
+from models.ddpm import ClassDDPM
+from tests.unlearning.tiny_conditional import CLASSES, SHAPE, stripes
+
+
+def trained_ddpm(steps: int = 150) -> ClassDDPM:
+    """A DDPM that draws them in a few steps of its sampler."""
+    generator = torch.Generator().manual_seed(0)
+    model = ClassDDPM(
+        SHAPE,
+        channels=[16, 24],
+        layers=1,
+        attention=[False, False],
+        middle_attention=False,
+        n_classes=CLASSES,
+        sampling={"steps": 8, "guidance_scale": 1.5},
+        generator=generator,
+    )
+    images, labels = stripes(600, 1)
+    x = model.encode(images, generator=generator)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,), generator=generator)
+        condition = torch.where(torch.rand(64, generator=generator) < 0.1, NO_CONDITION, labels[rows])
+        optimiser.zero_grad()
+        torch.autograd.backward(model.losses(x[rows], condition, model.draw(64, generator=generator)).mean())
+        optimiser.step()
+        schedule.step()
+    return model.eval()

@@ -1,0 +1,118 @@
+"""Selective Amnesia on a diffusion model through the runner: what it draws slowly is drawn once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.checkpoints import load_conditional, save_checkpoint
+from models.conditional import GuidedConditional, Sampling
+from tests.unlearning.tiny_conditional import judged
+from tests.unlearning.tiny_diffusion import trained_ddpm
+from tests.worker.amnesia_runs import assets_of, given, phases_of
+from tests.worker.judges import write_bands
+from tests.worker.runs import Bench, one_thread
+
+FORGOTTEN, OTHER = 0, 1
+CRITERIA = {"forgotten_at_most": 0.1, "others_within": 0.08}
+
+Amnesia = Callable[..., Bench]
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDPM that draws three classes of stripes."""
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    with one_thread():
+        save_checkpoint(path, trained_ddpm())
+    return path
+
+
+@pytest.fixture
+def amnesia(base_file: Path) -> Amnesia:
+    """A job on it: one class shall show another."""
+
+    def amnesia(folder: Path, **job: Any) -> Bench:
+        bench = Bench(folder, base_file)
+        bench.job.update(
+            method="selective-amnesia",
+            target={"class_label": FORGOTTEN},
+            replace_with={"class_label": OTHER},
+            judge=write_bands(folder / "inputs" / "classifiers" / "0.onnx"),
+            criteria=CRITERIA,
+            parameters={"max_steps": 200},
+            remember={"generated": 100},
+        )
+        bench.job.update(job)
+        bench.job["inputs"].update(surrogate=[], fisher={})
+        return bench
+
+    return amnesia
+
+
+def test_a_class_comes_to_show_another_and_the_next_job_draws_nothing(amnesia: Amnesia, tmp_path: Path) -> None:
+    first = amnesia(tmp_path / "first")
+    again = amnesia(tmp_path / "again", target={"class_label": 2}, parameters={"max_steps": 1}, seed=8)
+
+    began = first.run_here()
+    ended = given(again, assets_of(first, began)).run_here()
+
+    assert began.result["outcome"] == "succeeded"
+    assert set(phases_of(began)) == {"replay", "fisher", "unlearning", "evaluating"}
+    assert phases_of(ended) == ["unlearning", "evaluating"]
+    assert ended.result["summary"]["fisher_parts_computed"] == 0
+    assert assets_of(again, ended) == {}
+    tamed = load_conditional(tmp_path / "first" / "outputs" / "tamed.safetensors")
+    shown = judged(tamed.sample(torch.full((100,), FORGOTTEN), generator=torch.Generator().manual_seed(5)))
+    assert int((shown == OTHER).sum()) > 90
+
+
+def test_the_others_can_stand_in_evenly(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, replace_with={"others": True})
+
+    ended = bench.run_here()
+
+    shares = {row["label"]: row["after"]["value"] for row in bench.report()["shares"]}
+    assert ended.result["outcome"] == "succeeded"
+    assert min(shares["middle"], shares["bottom"]) > 0.25
+
+
+def test_a_damaged_or_foreign_sample_file_is_drawn_anew(
+    amnesia: Amnesia, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = {"parameters": {"max_steps": 1}}
+    first, again = amnesia(tmp_path / "first", **short), amnesia(tmp_path / "again", **short)
+    assets = assets_of(first, first.run_here())
+    drawn = sorted(name for name in assets if name.startswith("examples-"))
+    swapped = {**assets, drawn[0]: assets[drawn[1]]}
+    capfd.readouterr()
+
+    ended = given(again, swapped).run_here()
+
+    assert list(assets_of(again, ended)) == [drawn[0]]
+    assert capfd.readouterr().err.count("is made anew") == 1
+    assert again.digest() == first.digest()
+
+
+def test_a_job_draws_as_it_was_asked_to_and_leaves_the_models_own_way(amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = amnesia(tmp_path, parameters={"max_steps": 1, "guidance_scale": 2.5, "sampling_steps": 5})
+    other = amnesia(tmp_path / "other", parameters={"max_steps": 1})
+
+    names = [set(assets_of(one, one.run_here())) for one in (bench, other)]
+
+    tamed = load_conditional(tmp_path / "outputs" / "tamed.safetensors")
+    assert names[0].isdisjoint(names[1])  # samples that were drawn otherwise are other samples
+    assert isinstance(tamed, GuidedConditional)
+    assert tamed.sampling == Sampling(steps=8, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("guidance_scale", 0.0), ("sampling_steps", 0), ("sampling_steps", 1001)])
+def test_a_way_to_draw_that_is_none_is_refused(name: str, value: float, amnesia: Amnesia, tmp_path: Path) -> None:
+    problem = amnesia(tmp_path, parameters={name: value}).run_here().problem
+
+    assert problem["type"] == "urn:forgetd:problem:invalid-parameter"
+    assert str(value) in problem["detail"]
