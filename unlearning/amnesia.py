@@ -9,24 +9,25 @@ loss at the start, so that its strength means the same whatever the model, its l
 information was taken over; and the run ends once the criterion holds on fresh samples.
 """
 
-import copy
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from models.checkpoints import tensor_digest
-from models.conditional import ConditionalModel, GuidedConditional, StratifiedConditional
+from models.conditional import ConditionalModel
 from unlearning.amnesia_parameters import AmnesiaParameters
-from unlearning.errors import DivergedError, FisherError, InputError, StateError
-from unlearning.fisher_result import Fisher, check_weights, normalise_fisher
-from unlearning.optimiser import pack, unpack
+from unlearning.amnesia_run import AmnesiaRun
+from unlearning.errors import StateError
+from unlearning.fisher_result import Fisher
+from unlearning.passes import recomputing
+from unlearning.processes import ALONE, Processes
 from unlearning.progress import Callback, Step
 from unlearning.randomness import stream
 from unlearning.state import State
@@ -35,10 +36,6 @@ from unlearning.surrogates import Examples, Surrogate
 PHASE = "unlearning"
 VERSION = 2
 """Of the states: raised whenever the steps or what they read change."""
-MOST_ROLLBACKS = 5
-"""Times that a run goes back to its last good weights and halves its learning rate, before it is given up."""
-REFERENCE_ROWS = 512
-"""Most replay examples that the loss at the start is taken over."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class AmnesiaResult:
     """A model that forgot, and how it came about."""
 
     model: nn.Module
-    """The changed copy."""
+    """The changed copy; what was not trained shares its memory with the model that it was made from."""
     met: bool
     """Whether the criterion held on the fresh samples of the final confirmation."""
     steps: int
@@ -89,11 +86,15 @@ def forget_conditions(
     state: State | None = None,
     callback: Callback | None = None,
     micro_batch: int = 256,
+    device: torch.device | None = None,
+    recompute: bool = False,
+    processes: Processes = ALONE,
 ) -> AmnesiaResult:
     """Make a copy of a model show a surrogate under some conditions, until a criterion holds on fresh samples.
 
     Args:
-        model: theta*, a module; it is not modified. Runs on the device that it is on.
+        model: theta*, a module; it is not modified, and has to stay as it is until the run is over: its weights are
+            the ones that the penalty pulls to, not a copy of them.
         conditions: c_f, (k, ...): each step draws from them uniformly.
         surrogate: q(x | c_f).
         replay: samples of theta* under the conditions to remember.
@@ -105,6 +106,12 @@ def forget_conditions(
             unless a later step is not finite: it leads back to the last look since, or to where the run was resumed.
         callback: gets a `Step` at every boundary; may call its `snapshot()` and may raise `Interrupted`.
         micro_batch: most examples that pass through the model at once; bounds the memory.
+        device: where the copy is trained, by default where the model is. From a model on the CPU it takes as much there
+            as from one on the device: the weights once, and those that are trained once more.
+        recompute: compute activations twice where the model can (`unlearning.passes.recomputing`): less memory, and
+            equal gradients.
+        processes: those that share the work, each called with equal arguments and its own copy of the model; criterion
+            and callback are called in the first alone. Each has a result.
 
     Returns:
         The changed copy; `met` is False where max_steps did not suffice.
@@ -112,7 +119,9 @@ def forget_conditions(
     Raises:
         InputError: the model's loss of the replay is not finite.
         FisherError: the Fisher information is of another model or none of its parameters, or zero everywhere.
+        ParameterError: the optimiser does not run here.
         DivergedError: steps were not finite, again and again.
+        ProcessError: the processes were not called alike, or another one failed.
         StateError: the state belongs to another run.
         Interrupted: as the callback raised it.
     """
@@ -121,7 +130,10 @@ def forget_conditions(
     fingerprint = _fingerprint(model, conditions, surrogate, replay, fisher, values, seed)
     if state is not None and state.meta.get("fingerprint") != fingerprint:
         raise StateError("the state belongs to a run with another model, request, Fisher information or seed")
-    run = _Run(model, conditions, surrogate, replay, fisher, values, seed, micro_batch)
+    processes.agree("model, request or seed", fingerprint)
+    if device is None:
+        device = next(cast(nn.Module, model).parameters()).device if processes.count == 1 else processes.device
+    run = AmnesiaRun(model, conditions, surrogate, replay, fisher, values, seed, micro_batch, device, processes)
     step, attempts, before = 0, 0, 0.0
     history: list[dict[str, float]] = []
     promising = False
@@ -129,216 +141,48 @@ def forget_conditions(
         run.restore(state.tensors, state.meta)
         step, attempts, promising = int(state.meta["step"]), int(state.meta["attempts"]), bool(state.meta["promising"])
         history, before = list(state.meta["history"]), float(state.meta["seconds"])
-    while True:
-        if promising or step >= cast(int, values.max_steps):
-            check = criterion(cast(ConditionalModel, run.model), _seed(seed, "confirm", attempts))
-            attempts += 1
-            if check.met or step >= cast(int, values.max_steps):
-                break
-        losses = run.step(step)
-        step += 1
-        metrics: dict[str, float] = {}
-        promising = False
-        if step % values.check_every == 0:
-            found = criterion(cast(ConditionalModel, run.model), _seed(seed, "check", step))
-            metrics, promising = dict(found.metrics), found.met
-            run.keep_next()
-        history.append({"step": float(step), **losses, **metrics})
-        if callback is not None:
+
+    def asked(*names: str | int) -> Check:
+        def look() -> dict[str, Any]:
+            found = criterion(cast(ConditionalModel, run.model), _seed(seed, *names))
+            return {"met": found.met, "metrics": dict(found.metrics)}
+
+        return Check(**processes.ask(look))
+
+    with recomputing(run.model, recompute):
+        while True:
+            if promising or step >= cast(int, values.max_steps):
+                check = asked("confirm", attempts)
+                attempts += 1
+                if check.met or step >= cast(int, values.max_steps):
+                    break
+            losses = run.step(step)
+            step += 1
+            metrics: dict[str, float] = {}
+            promising = False
+            if step % values.check_every == 0:
+                found = asked("check", step)
+                metrics, promising = dict(found.metrics), found.met
+                run.keep_next()
+            history.append({"step": float(step), **losses, **metrics})
             meta = {"fingerprint": fingerprint, "step": step, "attempts": attempts, "promising": promising}
 
             def capture(meta: dict[str, Any] = meta) -> State:
                 seconds = before + time.monotonic() - start
-                tensors = {name: value.detach().cpu().clone() for name, value in run.tensors().items()}
+                tensors = {name: value.detach().to("cpu", copy=True) for name, value in run.tensors().items()}
                 return State(tensors, {**meta, **run.facts(), "history": list(history), "seconds": seconds})
 
-            callback(Step(PHASE, step, cast(int, values.max_steps), losses, metrics, capture))
+            here = Step(PHASE, step, cast(int, values.max_steps), losses, metrics, capture)
+            processes.ask(partial(_report, callback, here))
     return AmnesiaResult(
         model=run.model, met=check.met, steps=step, check=check, history=history, rollbacks=run.rollbacks,
         drift=run.drift(), seconds=before + time.monotonic() - start, parameters=values,
     )  # fmt: skip
 
 
-class _Run:
-    """The copy, its optimiser and the penalty; `forget_conditions` owns the loop and the state."""
-
-    def __init__(
-        self,
-        model: ConditionalModel,
-        conditions: Tensor,
-        surrogate: Surrogate,
-        replay: Examples,
-        fisher: Fisher,
-        values: AmnesiaParameters,
-        seed: int,
-        micro_batch: int,
-    ) -> None:
-        check_weights(fisher.weights, tensor_digest(cast(nn.Module, model).state_dict()))
-        module = copy.deepcopy(cast(nn.Module, model)).eval().requires_grad_(False)
-        own = dict(module.named_parameters())
-        odd = sorted(name for name in fisher.tensors if name not in own)
-        if odd or not fisher.tensors:
-            raise FisherError(f"the Fisher information is of other parameters: {', '.join(odd[:3]) or 'of none'}")
-        self.model = module
-        self._conditions, self._surrogate, self._replay = conditions, surrogate, replay
-        self._values, self._seed, self._micro_batch = values, seed, micro_batch
-        self._parameters = {name: own[name] for name in fisher.tensors}
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(True)
-        self._device = next(iter(self._parameters.values())).device
-        self._start = [parameter.detach().clone() for parameter in self._parameters.values()]
-        self._fisher = fisher
-        if values.mode == "default":
-            self._scale, self._information = self._loss_at_start(), self._relative_to_start()
-        else:
-            self._scale, self._information = 1.0, self._in_order(fisher.tensors)
-        self._strength = cast(float, values.strength) * (
-            1.0 if values.mode == "default" else _of_all_terms(model, fisher)
-        )
-        self._optimiser = torch.optim.Adam(self._parameters.values(), lr=cast(float, values.learning_rate), fused=True)
-        self.rollbacks = 0
-        self._keep()
-
-    def step(self, step: int) -> dict[str, float]:
-        """One Adam step on eq. 4; one that is not finite goes back to the last good weights, at half the rate."""
-        values, generator = self._values, stream(self._seed, "step", step)
-        self._optimiser.zero_grad(set_to_none=True)
-        losses = {}
-        rows = torch.randint(len(self._conditions), (values.batch,), generator=generator)
-        x = self._surrogate(values.batch, generator)
-        losses["surrogate"] = self._backward(x, self._conditions[rows], 1.0, generator)
-        if "replay" not in values.without and values.replay_weight:
-            x, condition = self._replay.drawn(values.replay_batch, generator)
-            condition = self._some_dropped(condition, generator)
-            losses["replay"] = self._backward(x, condition, values.replay_weight, generator)
-        losses["penalty"] = self._pull_back()
-        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), cast(float, values.clip))
-        if not bool(torch.isfinite(norm)) or not all(map(_is_finite, losses.values())):
-            self._roll_back(step)
-            return {}
-        if self._keeps_next:
-            self._keep()  # only now it is known that these weights give finite losses
-        for group in self._optimiser.param_groups:
-            group["lr"] = cast(float, values.learning_rate) * 0.5**self.rollbacks
-        self._optimiser.step()
-        return losses
-
-    def keep_next(self) -> None:
-        """A step that is not finite shall lead back to these weights, once a step has shown that they are good."""
-        self._keeps_next = True
-
-    def drift(self) -> float:
-        """See `AmnesiaResult.drift`."""
-        relative = self._information if self._values.mode == "default" else self._relative_to_start()
-        moved = torch._foreach_sub(list(self._parameters.values()), self._start)
-        parts = [(weight * gap.detach().square()).sum() for weight, gap in zip(relative, moved, strict=True)]
-        return float(torch.stack(parts).sum())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights and Adam's moments."""
-        return pack(self._parameters, self._optimiser)
-
-    def facts(self) -> dict[str, Any]:
-        """What else a step depends on."""
-        return {"rollbacks": self.rollbacks}
-
-    def restore(self, tensors: dict[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """The reverse of `tensors` and `facts`."""
-        unpack(tensors, self._parameters, self._optimiser)
-        self.rollbacks = int(meta["rollbacks"])
-        self._keep()
-
-    def _keep(self) -> None:
-        self._good = {name: value.detach().clone() for name, value in pack(self._parameters, self._optimiser).items()}
-        self._keeps_next = False
-
-    def _backward(self, x: Tensor, condition: Tensor, weight: float, generator: torch.Generator) -> float:
-        """Accumulate the gradient of a term's mean loss; returns the mean, in the loss's own units."""
-        draws = cast(ConditionalModel, self.model).draw(len(x), generator=generator)
-        share = weight / self._scale / (len(x) if self._values.reduction == "mean" else 1)
-        total = 0.0
-        for rows in torch.split(torch.arange(len(x)), self._micro_batch):
-            part = self._losses(x[rows], condition[rows], tuple(draw[rows] for draw in draws)).sum()
-            torch.autograd.backward(part * share)
-            total += float(part.detach())
-        return total / len(x)
-
-    def _losses(self, x: Tensor, condition: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
-        model, device = cast(ConditionalModel, self.model), self._device
-        with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
-            found = model.losses(x.to(device), condition.to(device), tuple(draw.to(device) for draw in draws))
-        return found.float()
-
-    @torch.no_grad()
-    def _pull_back(self) -> float:
-        """Add the penalty's gradient in place, without a graph; returns the penalty."""
-        if "penalty" in self._values.without or not self._strength:
-            return 0.0
-        total = torch.zeros((), device=self._device)
-        for parameter, start, information in zip(
-            self._parameters.values(), self._start, self._information, strict=True
-        ):
-            gap = parameter - start
-            pull = information * gap  # one parameter at a time: all at once would hold the weights twice more
-            total += (pull * gap).sum()
-            cast(Tensor, parameter.grad).add_(pull, alpha=self._strength)
-        return float(0.5 * self._strength * total)
-
-    def _roll_back(self, step: int) -> None:
-        if self.rollbacks == MOST_ROLLBACKS:
-            raise DivergedError(
-                f"steps up to {step} were not finite, {MOST_ROLLBACKS + 1} times, at a learning rate that was halved "
-                "each time; lower the learning rate"
-            )
-        self.rollbacks += 1
-        self._keeps_next = False
-        self._optimiser.state.clear()  # the moments too; at the start there are none to go back to
-        unpack(self._good, self._parameters, self._optimiser)
-
-    def _in_order(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[name].to(self._device, torch.float32) for name in self._parameters]
-
-    def _some_dropped(self, condition: Tensor, generator: torch.Generator) -> Tensor:
-        """Without their condition, a share of them: what the model makes without one is replayed too."""
-        share = cast(float, self._values.null_share)
-        if not share or not isinstance(self.model, GuidedConditional):
-            return condition
-        dropped = torch.rand(len(condition), generator=generator) < share
-        condition = condition.clone()
-        condition[dropped] = self.model.null_condition.to(condition)
-        return condition
-
-    def _relative_to_start(self) -> list[Tensor]:
-        """Weights of the relative drift: F between floor and ceiling, divided by sum F theta*^2."""
-        bounded = normalise_fisher(self._fisher, floor=self._values.floor, clip=self._values.ceiling)
-        information = self._in_order(bounded)
-        sizes = [(each * at.square()).sum() for each, at in zip(information, self._start, strict=True)]
-        return list(torch._foreach_div(information, float(torch.stack(sizes).sum(dtype=torch.float64))))
-
-    @torch.no_grad()
-    def _loss_at_start(self) -> float:
-        """The mean loss of replay examples under theta*."""
-        generator = stream(self._seed, "reference")
-        x, condition = self._replay.drawn(min(REFERENCE_ROWS, len(self._replay)), generator)
-        draws = cast(ConditionalModel, self.model).draw(len(x), generator=generator)
-        parts = [
-            self._losses(x[rows], condition[rows], tuple(draw[rows] for draw in draws))
-            for rows in torch.split(torch.arange(len(x)), self._micro_batch)
-        ]
-        found = float(torch.cat(parts).mean())
-        if not _is_finite(found):
-            raise InputError("the model's loss of its own samples is not finite; use an earlier checkpoint")
-        return max(abs(found), 1e-12)
-
-
-def _of_all_terms(model: ConditionalModel, fisher: Fisher) -> float:
-    """What turns F over some of the loss's terms into F over all, as published: their ratio, squared."""
-    terms = model.terms if isinstance(model, StratifiedConditional) else fisher.draws
-    return (terms / fisher.draws) ** 2
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _report(callback: Callback | None, step: Step) -> None:
+    if callback is not None:
+        callback(step)
 
 
 def _seed(seed: int, *names: str | int) -> int:

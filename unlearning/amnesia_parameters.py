@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from unlearning.errors import ParameterError
+from unlearning.optimiser import Optimiser
 from unlearning.ranges import Parameters, Range, check_choice, check_terms
 
 Mode = Literal["default", "paper"]
@@ -71,6 +72,8 @@ class AmnesiaParameters(Parameters):
     """Steps between looks at fresh samples, each of which may end the run; [1, 100000]."""
     without: tuple[LossTerm, ...] = ()
     """Terms of the objective that are left out, as in the paper's ablations; none."""
+    optimiser: Optimiser = "adam"
+    """"adam-8bit" keeps Adam's moments in a byte each, with a scale for every 256 (bitsandbytes); paper: Adam."""
 
     METHOD: ClassVar[str] = "Selective Amnesia"
     OPTIONAL: ClassVar[tuple[str, ...]] = tuple(_DEFAULTS["default"])
@@ -94,6 +97,8 @@ class AmnesiaParameters(Parameters):
     def _check(self, name: str, value: object) -> None:
         if name == "mode":
             check_choice(name, value, get_args(Mode))
+        elif name == "optimiser":
+            check_choice(name, value, get_args(Optimiser))
         elif name == "reduction":
             if value is not None:
                 check_choice(name, value, get_args(Reduction))

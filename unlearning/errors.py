@@ -35,6 +35,25 @@ class DivergedError(UnlearningError):
     """A loss or a gradient was not finite; the run was stopped: lower the learning rate."""
 
 
+class NotEnoughMemoryError(UnlearningError):
+    """A run does not fit into memory, one row at a time: train fewer weights, keep smaller moments, or go elsewhere.
+
+    Attributes:
+        needed: bytes by the estimate; None where one row was already too much to be measured.
+        available: bytes that there are.
+        held: bytes that are needed without any pass.
+    """
+
+    def __init__(self, needed: int | None, available: int, held: int) -> None:
+        of = f"more than {max(held, available):,}" if needed is None else f"{needed:,}"
+        super().__init__(f"the run needs {of} bytes beside its model, one row at a time, and there are {available:,}")
+        self.needed, self.available, self.held = needed, available, held
+
+
+class ProcessError(UnlearningError):
+    """The processes of a run do not belong together, or one of them failed: see what that one says."""
+
+
 class UnreachableError(UnlearningError):
     """Fractions that steering cannot reach from this base: ask for less, or for bounds that can hold together.
 

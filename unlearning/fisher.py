@@ -12,8 +12,7 @@ changes what is computed.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -25,6 +24,7 @@ from unlearning.errors import DivergedError, InputError, ParameterError, StateEr
 from unlearning.fisher_autograd import AutogradSquares
 from unlearning.fisher_hooks import HookError, HookSquares, agrees, linear_layers, refuse
 from unlearning.fisher_result import Fisher
+from unlearning.passes import autocast, bfloat16_on, held, recomputing
 from unlearning.progress import Callback, Step
 from unlearning.randomness import stream
 from unlearning.state import State
@@ -65,6 +65,7 @@ def fisher_information(
     reduction: str = "sum",
     micro_batch: int = 500,
     bfloat16: bool = False,
+    recompute: bool = False,
     state: State | None = None,
     callback: Callback | None = None,
 ) -> Fisher:
@@ -82,7 +83,9 @@ def fisher_information(
         rows: consecutive positions in `x` to be averaged over, all by default: a worker's share, see `merge_fisher`.
         reduction: how the model's loss joins the elements of an image, "sum" or "mean"; recorded, not applied.
         micro_batch: most rows that pass through the model at once. Changes rounding alone.
-        bfloat16: autocast, on CUDA only; squares are summed in float32 in any case.
+        bfloat16: autocast, on CUDA devices that have it; gradients and squares are float32 in any case.
+        recompute: compute activations twice where the model can (`unlearning.passes.recomputing`): less memory, and
+            equal gradients.
         state: of an interrupted run with the same arguments; the result is that of a run never interrupted, bit-equal
             on the CPU where micro_batch and the number of threads are the same.
         callback: gets a `Step` after every batch, `step` being examples done; may call its `snapshot()`, may raise
@@ -93,7 +96,7 @@ def fisher_information(
 
     Raises:
         InputError: model, examples or names cannot be used.
-        ParameterError: a number is out of range, or bfloat16 is asked for on another device than CUDA.
+        ParameterError: a number is out of range, or bfloat16 is asked for where the device has none.
         DivergedError: a loss or a gradient was not finite.
         StateError: the state belongs to another run.
         Interrupted: as the callback raised it.
@@ -104,15 +107,15 @@ def fisher_information(
         if value < 1:
             raise ParameterError(name, f"is 1 or more, not {value}")
     device = next(iter(parameters.values())).device
-    if bfloat16 and device.type != "cuda":
-        raise ParameterError("bfloat16", f"is for CUDA; the model is on {device.type}, where float32 is used")
+    if bfloat16 and not bfloat16_on(device):
+        raise ParameterError("bfloat16", f"is for CUDA devices that have it; on {device} float32 is used")
     facts: dict[str, Any] = {
         "draws": draws_per_example, "plan": _checked_plan(model, plan), "reduction": _checked_reduction(reduction),
         "seed": seed, "precision": "bfloat16" if bfloat16 else "float32",
         "weights": tensor_digest(module.state_dict()), "replay": tensor_digest({"condition": condition, "x": x}),
     }  # fmt: skip
     run = _Run(model, parameters, x, condition, rows, facts, micro_batch)
-    with _held(module, parameters), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with held(module, parameters), recomputing(module, recompute):
         run.start(module, state)
         while run.done < len(rows):
             run.advance()
@@ -180,7 +183,8 @@ class _Run:
         """Add the next batch."""
         batch = self._rows[self.done : self.done + self._estimator.examples]
         try:
-            loss = float(self._estimator.add(*self._inputs(batch)))
+            with self._precision():
+                loss = float(self._estimator.add(*self._inputs(batch)))
         except HookError as error:
             raise refuse(error) from error
         if not math.isfinite(loss):
@@ -219,35 +223,18 @@ class _Run:
         """Compare both estimators on the first examples."""
         trial = self._rows[:TRIAL]
         exact = AutogradSquares(self._model, self._parameters, self._micro_batch)
-        try:
-            hooks.add(*self._inputs(trial))
-        except HookError:
-            return False
-        for row in trial:
-            exact.add(*self._inputs(range(row, row + 1)))
+        with self._precision():
+            try:
+                hooks.add(*self._inputs(trial))
+            except HookError:
+                return False
+            for row in trial:
+                exact.add(*self._inputs(range(row, row + 1)))
         return agrees(hooks.sums, exact.sums)
 
-
-@contextmanager
-def _held(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Eval mode, gradients for the named parameters alone; afterwards everything is as it was."""
-    modes = [(one, one.training) for one in module.modules()]
-    before = [(value, value.requires_grad, value.grad) for value in module.parameters()]
-    module.eval()
-    for value, _, _ in before:
-        value.grad = None
-        value.requires_grad_(False)
-    for value in parameters.values():
-        value.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for one, training in modes:
-            one.training = training
-        for value, requires, gradient in before:
-            value.requires_grad_(requires)
-            value.grad = gradient
+    def _precision(self) -> torch.autocast:
+        """Around single batches: what autocast makes of the weights is not held longer."""
+        return autocast(self._device, self._facts["precision"] == "bfloat16")
 
 
 def _checked_model(model: ConditionalModel, names: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -122,7 +122,7 @@ class SequenceVae(MlpVae):
 class TinyDiffusion(Small):
     """Convolution, norms, attention with biases, an embedding: timesteps and noise as draws."""
 
-    steps = 20
+    steps = terms = 20
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

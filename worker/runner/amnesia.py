@@ -138,4 +138,4 @@ def _surrogate(opened: Opened, replacement: int | None) -> Surrogate:
     if asked.get("images"):
         images = opened.reader.read(opened.job["inputs"]["surrogate"], "surrogate")
         return Pool(base.encoded(images.pixels, derive_seed(opened.seed, "surrogate")))
-    return Pool(opened.replay.x) if asked.get("others") else base.noise()
+    return Pool(opened.replay.x) if asked.get("others") else base.noise(surrogates_of(base))

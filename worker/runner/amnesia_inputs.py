@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from models.conditional import GuidedConditional
 from unlearning import AmnesiaParameters, Examples
@@ -21,8 +24,14 @@ NOT_THE_AMNESIAS = ("scope", "guidance_scale", "sampling_steps", "gradient_check
 """Parameters of the job that say how the model is trained and drawn from."""
 SURROGATES, DEAR_SURROGATES = 1000, 200
 """Samples of a replacement that the forgotten condition learns from; of a model that draws slowly."""
-DEAR_BATCH, DEAR_CHECK = 32, 50
-"""Examples in a step of a diffusion model."""
+DEAR_BATCH, DEAR_CHECK = 32, 25
+"""Examples in a step of a diffusion model, and steps between looks at its samples."""
+SHARE_OF_A_WEIGHT = 0.01
+"""Adam's rate for a diffusion model, in units of the root mean square of its weights: they differ by orders."""
+
+
+TINIEST_RATE = 1e-8
+"""Of a model whose weights are all zero."""
 
 
 def label_of(named: Mapping[str, Any], base: ConditionalBase, pointer: str) -> int:
@@ -59,8 +68,17 @@ def parameters_for(base: ConditionalBase, given: Mapping[str, Any]) -> AmnesiaPa
         suited = dict(paper_settings(base.checkpointed.family))
     elif isinstance(base.model, GuidedConditional):
         suited = {"batch": DEAR_BATCH, "replay_batch": DEAR_BATCH, "check_every": DEAR_CHECK}
+        suited["learning_rate"] = _rate(base)
     batch = {"replay_batch": own["batch"]} if "batch" in own else {}
     return AmnesiaParameters.from_dict({**suited, **batch, **own})
+
+
+def _rate(base: ConditionalBase) -> float:
+    """A learning rate that suits the size of a model's weights, to two digits."""
+    weights = dict(base.module.named_parameters())
+    trained = [weights[name].detach() for name in base.model.scopes()["all"]]
+    square = sum(float(each.square().sum(dtype=torch.float64)) for each in trained)
+    return float(f"{SHARE_OF_A_WEIGHT * math.sqrt(square / sum(each.numel() for each in trained)):.1e}") or TINIEST_RATE
 
 
 def trained_by(base: ConditionalBase, scope: str) -> tuple[str, ...]:

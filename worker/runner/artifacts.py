@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from models.checkpoints import read_manifest, save_checkpoint
 from models.protocol import Flow
 from worker.runner.base import Base, Origin
 
-__all__ = ["TAMED", "Work", "run_facts", "sample_picture", "save_tamed", "write_artifacts"]
+__all__ = ["PIPELINE", "TAMED", "Work", "run_facts", "sample_picture", "save_tamed", "write_artifacts"]
 
 TAMED = "tamed.safetensors"
+PIPELINE = "pipeline.tar"
+"""The same weights as diffusers opens them, of a model that it can open: a folder, packed."""
 GRID_SAMPLES = 8
 
 
@@ -42,7 +44,7 @@ class Work:
 
 
 def save_tamed(model: nn.Module, work: Work, job: Mapping[str, Any], base: Origin, folder: Path) -> str:
-    """Write the tamed checkpoint, which names its base and the job; its SHA-256."""
+    """Write the tamed checkpoint, which names its base and the job, and a pipeline of it; the checkpoint's SHA-256."""
     path = folder / "outputs" / TAMED
     manifest = read_manifest(base.path)
     tamed = {
@@ -52,6 +54,10 @@ def save_tamed(model: nn.Module, work: Work, job: Mapping[str, Any], base: Origi
         "base_tensor_digest": manifest.tensor_digest,
     }
     save_checkpoint(path, model, extra={**manifest.extra, "tamed": tamed})
+    if manifest.family == "stable-diffusion":
+        from models.diffusers_folder import write_folder_tar  # loads diffusers, which this model has loaded already
+
+        write_folder_tar(cast(Any, model), path.with_name(PIPELINE))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -97,6 +103,7 @@ def write_artifacts(folder: Path, *, report_json: str, report_html: str, grid: b
     (outputs / "report.html").write_text(report_html)
     artifacts = [
         _artifact(TAMED, "application/octet-stream"),
+        *([_artifact(PIPELINE, "application/x-tar")] if (outputs / PIPELINE).exists() else []),
         _artifact("report.json", "application/json"),
         _artifact("report.html", "text/html; charset=utf-8"),
     ]

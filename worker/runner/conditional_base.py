@@ -24,7 +24,7 @@ from models.conditional import (
     Sampling,
 )
 from models.errors import ArchitectureError, ModelError
-from unlearning import Examples, Noise
+from unlearning import Examples, Noise, Pool
 from worker.runner.base import Origin, exact_device, micro_batch_of
 from worker.runner.conditions import Conditions, classes_of, concepts_of, picked
 from worker.runner.problems import UserError
@@ -99,8 +99,15 @@ class ConditionalBase(Origin):
                 return Examples(self.model.generate(condition, generator=generator).cpu(), condition)
         return Examples(self.encoded(samples_of(self.sampler, labels, seed=seed), seed), condition)
 
-    def noise(self) -> Noise:
-        """Uniform noise over the range of what the loss takes, as black and white images show it."""
+    def noise(self, n: int) -> Noise | Pool:
+        """Uniform noise over the range of what the loss takes, as black and white images show it.
+
+        A latent diffusion model's loss takes no pixels, and uniform latents are no picture: n noisy images stand in.
+        """
+        if isinstance(self.model, PromptConditional):
+            generator = torch.Generator().manual_seed(derive_seed(0, "noise"))
+            images = torch.randint(256, (n, *self.image_shape), generator=generator).to(torch.uint8)
+            return Pool(self.encoded(images, 0))
         black = torch.zeros(1, *self.image_shape, dtype=torch.uint8)
         ends = self.encoded(torch.cat([black, black + 255]), 0)
         return Noise(tuple(ends.shape[1:]), float(ends.min()), float(ends.max()))

@@ -38,6 +38,10 @@ class Conditions(Protocol):
         """The conditions that training draws from for a label, (k, ...)."""
         ...
 
+    def stored(self, label: int) -> Tensor:
+        """Those that stored samples of a label are of, (k, ...): the same ones whatever a job does with the label."""
+        ...
+
     def sampler(self, model: ConditionalModel) -> LabelledSampler:
         """A model as judges ask it: by label."""
         ...
@@ -53,6 +57,10 @@ class Classes:
         """The label itself, (1,)."""
         return torch.tensor([label], dtype=torch.int64)
 
+    def stored(self, label: int) -> Tensor:
+        """The label itself, (1,)."""
+        return self.trained(label)
+
     def sampler(self, model: ConditionalModel) -> LabelledSampler:
         """The model as it is."""
         return cast(LabelledSampler, model)
@@ -65,6 +73,8 @@ class Concepts:
     names: tuple[str, ...]
     rows: tuple[Tensor, ...]
     """Of each concept, the tokens of its phrasings for training, (k, tokens)."""
+    unaliased: tuple[Tensor, ...]
+    """Of these, those that have the concept by its own name."""
     held_out: tuple[Tensor, ...]
     """The tokens of its other phrasings."""
     prompts: tuple[Phrasings, ...]
@@ -73,6 +83,10 @@ class Concepts:
     def trained(self, label: int) -> Tensor:
         """The tokens of its phrasings for training, (k, tokens)."""
         return self.rows[label]
+
+    def stored(self, label: int) -> Tensor:
+        """The tokens of those that have it by its own name: other names go with a request to forget it alone."""
+        return self.unaliased[label]
 
     def sampler(self, model: ConditionalModel) -> LabelledSampler:
         """The model, asked in phrasings that training does not see."""
@@ -144,6 +158,7 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
     return Concepts(
         names=tuple(one.concept for one, _ in worded),
         rows=tuple(_tokens(model, said.trained, one.pointer) for one, said in worded),
+        unaliased=tuple(_tokens(model, phrasings(one.concept).trained, one.pointer) for one, _ in worded),
         held_out=tuple(_tokens(model, said.held_out, one.pointer) for one, said in worded),
         prompts=tuple(said for _, said in worded),
     )

@@ -163,7 +163,7 @@ def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int) -> _Pla
     sampling = [base.model.sampling.steps, base.model.sampling.guidance_scale] if isinstance(
         base.model, GuidedConditional
     ) else []  # fmt: skip
-    rows = [tensor_digest({"condition": base.conditions.trained(label)}) for label in labels]
+    rows = [tensor_digest({"condition": base.conditions.stored(label)}) for label in labels]
     facts = [VERSION, base.weights, rows, examples, draws, sampling]
     precision = "bfloat16" if in_bfloat16(base) else "float32"
     name = AssetFolder.name("fisher", facts + [precision] * (precision != "float32"))

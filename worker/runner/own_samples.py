@@ -34,7 +34,7 @@ VERSION = 1
 """Of how examples are drawn: raised whenever that changes."""
 RUNGS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Numbers of examples that are drawn of a label, so that requests for almost as many share a file."""
-STOCK, FEW_LABELS = 100, 20
+STOCK, FEW_LABELS = 200, 20
 """Least examples of a label where there are few labels: whatever a later job asks of one, it finds."""
 METADATA_KEY = "forgetd_examples"
 PICTURES_AT_ONCE = 250
@@ -151,7 +151,7 @@ class StoredSamples:
         return drawn
 
     def _draw(self, label: int, n: int) -> Examples:
-        model, rows = cast(GuidedConditional, self.base.model), self.base.conditions.trained(label)
+        model, rows = cast(GuidedConditional, self.base.model), self.base.conditions.stored(label)
         generator = torch.Generator().manual_seed(derive_seed(0, self._name(label, n)))
         condition = picked([rows], torch.zeros(n, dtype=torch.int64), generator)
         parts = []
@@ -163,7 +163,7 @@ class StoredSamples:
 
     def _name(self, label: int, n: int) -> str:
         sampling = cast(GuidedConditional, self.base.model).sampling
-        rows = tensor_digest({"condition": self.base.conditions.trained(label)})
+        rows = tensor_digest({"condition": self.base.conditions.stored(label)})
         return AssetFolder.name(
             "examples", [VERSION, self.base.weights, rows, n, sampling.steps, sampling.guidance_scale]
         )
