@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evidence.amnesia_records import AmnesiaEvaluation, Goal, Kept, Shown, drop_of, mean_of, share
+from evidence.amnesia_records import AmnesiaEvaluation, Goal, Kept, Shown, Spread, drop_of, mean_of, share
 from evidence.classifier import Classifier
 from evidence.errors import TargetError
 from evidence.fractions import CONFIDENCE, Fraction, fraction_of
 from evidence.kid import LARGEST_SET, Extractor, Kid, kid_beside_floor, pca_extractor
 from evidence.likelihood import derive_seed
 from evidence.readings import NOTHING, Reading, read
+from evidence.spread import spread
 from models.conditional import LabelledSampler
 
 __all__ = ["BATCH", "Pair", "Progress", "accuracy_of", "evaluate_amnesia", "labels_in_turn", "looked_at", "samples_of"]
@@ -135,6 +136,7 @@ def evaluate_amnesia(
     shown = [looked_at(read(judge, drawn), shows[label], told, confidence) for drawn in pair.under_the_condition()]
     pictures = pair.under_the_others()
     right = [read(judge, some).seen == expected for some in pictures]
+    distance, covered = pair.compared(pictures[0], extractor, confidence)
     return AmnesiaEvaluation(
         label=shows[label],
         replacement=None if replacement is None else shows.get(replacement),
@@ -149,7 +151,8 @@ def evaluate_amnesia(
             pair.kept(names[one] if names else judge.classes[shows[one]], one, right, confidence) for one in kept
         ),
         drop=drop_of(right[0], right[1], confidence=confidence),
-        kid=pair.distance(pictures[0], extractor),
+        kid=distance,
+        spread=covered,
         image_shape=image_shape,
         n_bits=n_bits,
         samples=samples,
@@ -204,11 +207,15 @@ class Pair:
         """How many pictures of a label are what they should be, by what is said of all `staying`, before and after."""
         return Kept(name, *(share(some[self.staying == label], confidence) for some in right))
 
-    def distance(self, before: Tensor, extractor: Extractor | None) -> Kid:
-        """Of pictures of the others, the first of `before` to those of the changed model, drawn apart as it needs."""
+    def compared(self, before: Tensor, extractor: Extractor | None, confidence: float) -> tuple[Kid, Spread]:
+        """Pictures of the others, the first of `before`, beside the changed model's, drawn apart as they must be.
+
+        How far they are from each other, and what the second set covers of the first.
+        """
         before, after = before[: len(self._apart)], self._drawn(self._models[1], self._apart, "apart")
         features = extractor or pca_extractor(torch.cat([before, after]))
-        return kid_beside_floor(before, after, features, seed=derive_seed(self._seed, "kid"))
+        covered = spread(features.features(before), features.features(after), features.name, confidence=confidence)
+        return kid_beside_floor(before, after, features, seed=derive_seed(self._seed, "kid")), covered
 
     def _drawn(self, model: LabelledSampler, labels: Tensor, which: str) -> Tensor:
         seed = derive_seed(self._seed, "evaluation", which)

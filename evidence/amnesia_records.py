@@ -132,6 +132,23 @@ class Drop:
     confidence: float
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How far a second set of pictures covers a first, see `evidence.spread`.
+
+    Attributes:
+        precision: share of the second that the first one shows too.
+        recall: share of the first that the second one still shows.
+        fid: Frechet distance; None of too few pictures.
+        extractor: name of the features.
+    """
+
+    precision: Fraction
+    recall: Fraction
+    fid: float | None
+    extractor: str
+
+
 def mean_of(values: Tensor, most: float, *, confidence: float = CONFIDENCE) -> Mean:
     """The mean of values (n,) in [0, most] with its normal interval, which is too narrow for two or three values."""
     n = len(values)
@@ -176,6 +193,7 @@ class ConditionEvaluation:
         kept: one for each other condition.
         drop: of them all, on paired samples.
         kid: distance of their samples, base to changed, drawn apart from each other, beside its noise floor.
+        spread: what the changed model still covers of them, on the same samples and features.
         image_shape: (c, h, w).
         n_bits: bits a channel.
         samples: drawn of each model under the changed condition.
@@ -189,6 +207,7 @@ class ConditionEvaluation:
     kept: tuple[Kept, ...]
     drop: Drop
     kid: Kid
+    spread: Spread
     image_shape: tuple[int, int, int]
     n_bits: int
     samples: int
@@ -204,6 +223,9 @@ class ConditionEvaluation:
             "others_samples": self.drop.n,
             "kid_others": finite(self.kid.value),
             "kid_others_within_noise": self.kid.within_noise,
+            "fid_others": self.spread.fid,
+            "precision_others": finite(self.spread.precision.value),
+            "recall_others": finite(self.spread.recall.value),
         }
         for one in self.kept:
             flat[f"before/{one.name}"], flat[f"after/{one.name}"] = finite(one.before.value), finite(one.after.value)

@@ -81,6 +81,7 @@ def build_amnesia_report(
         kept=condition_parts.kept_rows(evaluation),
         drop=condition_parts.drop_part(evaluation, evaluation.goal.others_within),
         kid=condition_parts.distance(evaluation),
+        spread=condition_parts.spread_part(evaluation),
         judge=AmnesiaJudge(
             name=evaluation.judge,
             classes=evaluation.classes,

@@ -46,6 +46,16 @@ class DropPart(Part):
     confidence: float
 
 
+class SpreadPart(Part):
+    """What samples of the changed model cover of the base's, under the conditions that stay."""
+
+    precision: Interval = Field(description="share of its samples that look like some of the base's")
+    recall: Interval = Field(description="share of the base's that look like some of its")
+    fid: Number = Field(description="Frechet distance; null: of too few samples. FID of Inception's features alone")
+    n: int
+    extractor: str
+
+
 class AmnesiaJudge(JudgeFacts):
     """Who judged."""
 
@@ -61,6 +71,7 @@ class ConditionReport(Document):
     kept: tuple[KeptRow, ...]
     drop: DropPart
     kid: KidRow
+    spread: SpreadPart
     drift: Number = Field(description="Fisher-weighted square of the weights' movement, relative to the weights")
     rollbacks: int = Field(description="times that a step was not finite and was undone")
     data: SampleFacts

@@ -152,6 +152,7 @@ def evaluate_balance(
     usual = {one: int(torch.bincount(read[0][pair.staying == one]).argmax()) for one in kept}
     expected = torch.tensor([usual[one] for one in pair.staying.tolist()])
     as_usual = [some == expected for some in read]
+    distance, covered = pair.compared(pictures[0], extractor, confidence)
     return BalanceEvaluation(
         condition=names[label],
         bounds=bounds,
@@ -165,7 +166,8 @@ def evaluate_balance(
         accuracy=accuracy_of(classifier),
         kept=tuple(pair.kept(names[one], one, as_usual, confidence) for one in kept),
         drop=change_of(*as_usual, confidence=confidence),
-        kid=pair.distance(pictures[0], extractor),
+        kid=distance,
+        spread=covered,
         image_shape=image_shape,
         n_bits=n_bits,
         samples=samples,

@@ -117,6 +117,7 @@ def build_balance_report(
         drop=condition_parts.drop_part(evaluation, evaluation.others_within),
         read_otherwise=interval(evaluation.read_otherwise),
         kid=condition_parts.distance(evaluation),
+        spread=condition_parts.spread_part(evaluation),
         judge=schema.JudgeFacts(
             name=evaluation.judge,
             classes=evaluation.classes,

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from evidence import schema
 from evidence.amnesia_records import ConditionEvaluation, Mean
-from evidence.amnesia_schema import DropPart, KeptRow
+from evidence.amnesia_schema import DropPart, KeptRow, SpreadPart
 from evidence.fractions import Bound, Fraction, Judgement, fraction_of
 from evidence.report_parts import RunFacts, rounded
 
 __all__ = [
     "as_percent", "curve", "distance", "drop_part", "how_often", "interval", "kept_rows", "notes", "sample_facts",
-    "share_row",
+    "share_row", "spread_part",
 ]  # fmt: skip
 
 STAYED = "what stays"
@@ -117,6 +117,18 @@ def distance(evaluation: ConditionEvaluation) -> schema.KidRow:
         within_noise=one.within_noise,
         n_before=one.n,
         n_after=one.m,
+        extractor=one.extractor,
+    )
+
+
+def spread_part(evaluation: ConditionEvaluation) -> SpreadPart:
+    """What the changed model covers of the others' samples."""
+    one = evaluation.spread
+    return SpreadPart(
+        precision=interval(one.precision),
+        recall=interval(one.recall),
+        fid=None if one.fid is None else rounded(one.fid),
+        n=one.precision.n,
         extractor=one.extractor,
     )
 

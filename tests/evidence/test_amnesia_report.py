@@ -7,7 +7,7 @@ from dataclasses import replace
 import jsonschema
 import pytest
 
-from evidence.amnesia_records import AmnesiaEvaluation, Drop, Goal, Kept, Mean, Shown
+from evidence.amnesia_records import AmnesiaEvaluation, Drop, Goal, Kept, Mean, Shown, Spread
 from evidence.amnesia_report import build_amnesia_report
 from evidence.amnesia_schema import AmnesiaReport
 from evidence.fractions import fraction_of
@@ -47,6 +47,7 @@ def evaluation(forgotten=0.02, other=0.95, **overrides):
         ),
         "drop": Drop(0.003, 0.0095, 5, 2, 1000, 0.95),
         "kid": Kid(1e-4, 2e-4, 3e-4, 1000, 1000, "pixels"),
+        "spread": Spread(fraction_of(930, 1000), fraction_of(940, 1000), 0.5, "pixels"),
         "image_shape": (1, 28, 28),
         "n_bits": 8,
         "samples": 1000,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import jsonschema
 import pytest
 
-from evidence.amnesia_records import Drop, Kept
+from evidence.amnesia_records import Drop, Kept, Spread
 from evidence.amnesia_schema import AmnesiaReport, BalanceReport
 from evidence.balance_evaluation import BalanceEvaluation
 from evidence.balance_report import Ingredient, Recipe, build_balance_report
@@ -54,6 +54,7 @@ def evaluation(female=0.49, n=1000, **overrides):
         ),
         "drop": Drop(0.003, 0.0095, 5, 2, 1000, 0.95),
         "kid": Kid(1e-4, 2e-4, 3e-4, 1000, 1000, "pixels"),
+        "spread": Spread(fraction_of(930, 1000), fraction_of(940, 1000), None, "pixels"),
         "image_shape": (3, 64, 64),
         "n_bits": 8,
         "samples": n,

@@ -103,7 +103,7 @@ def replay_of(job: Mapping[str, Any], base: ConditionalBase, own: OwnSamples, ot
     """
     count, needed = int(job["remember"].get("generated") or 0), max(SMALLEST_REMEMBER, len(others))
     given = [len(paths) for paths in (job["inputs"].get("remember_sets") or {}).values()]
-    count = max(count, len(given) * max(given, default=0))
+    count = max(count, len(others) * max(given, default=0))  # each image of the caller's once, at least
     if count < needed:
         raise UserError(
             "remember-set-too-small",

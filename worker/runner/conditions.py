@@ -34,6 +34,16 @@ class Conditions(Protocol):
         """Of every label."""
         ...
 
+    @property
+    def private(self) -> tuple[int, ...]:
+        """Labels of which nothing may outlive the job."""
+        ...
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        """Labels that stay, and that the request names as replacements alone."""
+        ...
+
     def trained(self, label: int) -> Tensor:
         """The conditions that training draws from for a label, (k, ...)."""
         ...
@@ -52,6 +62,16 @@ class Classes:
     """The classes of a model, each a condition of its own."""
 
     names: tuple[str, ...]
+
+    @property
+    def private(self) -> tuple[int, ...]:
+        """None: a label tells nothing."""
+        return ()
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        """None: a model has its classes, whatever is asked."""
+        return ()
 
     def trained(self, label: int) -> Tensor:
         """The label itself, (1,)."""
@@ -79,6 +99,13 @@ class Concepts:
     """The tokens of its other phrasings."""
     prompts: tuple[Phrasings, ...]
     """What the tokens say."""
+    added: tuple[int, ...] = ()
+    """Labels that stay, and that the request names as replacements alone."""
+
+    @property
+    def private(self) -> tuple[int, ...]:
+        """The concept that is to change: its name may be a person's, and so may what it shows."""
+        return (0,)
 
     def trained(self, label: int) -> Tensor:
         """The tokens of its phrasings for training, (k, tokens)."""
@@ -126,7 +153,7 @@ def classes_of(model: ClassConditional) -> Classes:
 
 
 def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
-    """The concepts that a job names: what is forgotten first, then what replaces it and what is remembered.
+    """The concepts that a job names: what is forgotten first, then what is remembered and what else replaces it.
 
     Where the request names none to remember, they are `unlearning.general_concepts.GENERAL`.
 
@@ -141,7 +168,6 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
             "/target/concept" if "target" in job else "/condition/concept",
         )
     ]
-    asked += _replacing(job)
     remember = job["remember"]
     if remember.get("sets"):
         asked += [_Named(name, (), f"/remember/sets/{name}") for name in remember["sets"]]
@@ -149,6 +175,8 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
         asked += [_Named(name, (), f"/remember/concepts/{number}") for number, name in enumerate(remember["concepts"])]
     else:
         asked += [_Named(name, (), "/remember") for name in _general(target)]
+    stay = {plain(one.concept) for one in asked}
+    asked += _replacing(job)
     own = {plain(name) for name in (asked[0].concept, *asked[0].aliases)}
     seen: dict[str, _Named] = {}
     for one in asked:
@@ -161,6 +189,7 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
         unaliased=tuple(_tokens(model, phrasings(one.concept).trained, one.pointer) for one, _ in worded),
         held_out=tuple(_tokens(model, said.held_out, one.pointer) for one, said in worded),
         prompts=tuple(said for _, said in worded),
+        added=tuple(label for label, (one, _) in enumerate(worded) if plain(one.concept) not in stay),
     )
 
 

@@ -3,7 +3,7 @@
 F of a part depends on the weights and on nothing of the request but what the part stands for: its examples and draws
 have seeds of their own. It is an asset of the checkpoint. A job averages the parts that it is to remember, so whichever
 condition a later request names, nothing is left to compute. A part is a label, as long as F of every label fits into
-memory; beyond, all that is remembered is one.
+memory; beyond, several labels share one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from worker.runner.problems import UserError
 
 __all__ = ["Parts", "fisher_of_parts"]
 
-VERSION = 2
+VERSION = 3
 """Of what F is computed from: raised whenever examples or draws change."""
 ALL_EXAMPLES = 5000
 """Over all classes, as many as the paper takes of its larger models (App. B); 50,000 say the same of its VAE."""
@@ -43,11 +43,12 @@ FEWEST_EXAMPLES = 20
 SLOW_EXAMPLES = 50
 """Of a label, where each takes many timesteps."""
 POOLED_EXAMPLES = 500
-"""Of all that is remembered, where it is one part."""
+"""Of all that is remembered, where labels share parts."""
 TIMESTEPS = 20
 """Of an example, spread: more examples tell more than more timesteps of each."""
+PUBLISHED_TIMESTEPS = 100
 MOST_PARTS = 20
-"""Labels beyond which they are one part, of a model whose examples take long."""
+"""Beyond which labels share parts, of a model whose examples take long."""
 MOST_BYTES = 4 * 2**30
 """Of all parts together, in memory; the supervisor fetches twice as much of a checkpoint's assets."""
 
@@ -56,7 +57,7 @@ MOST_BYTES = 4 * 2**30
 class Parts:
     """The Fisher information of every part, and where it came from."""
 
-    of: Mapping[tuple[int, ...], Fisher]
+    of: dict[tuple[int, ...], Fisher]
     """By the labels of a part."""
     computed: int
     """Parts that no file was given for."""
@@ -64,12 +65,12 @@ class Parts:
     def over(self, labels: Sequence[int], parameters: Sequence[str]) -> Fisher:
         """The average over the parts that these labels make up, of some parameters."""
         found = [fisher for part, fisher in self.of.items() if set(part) <= set(labels)]
-        whole = unlearning.average_fisher(found)
+        whole = unlearning.average_fisher(found) if len(found) > 1 else found[0]
         return replace(whole, tensors={name: whole.tensors[name] for name in parameters})
 
     def digests(self) -> dict[str, str]:
         """Of every part, by its labels."""
-        named = {part: str(part[0]) if len(part) == 1 else f"{len(part)} remembered" for part in self.of}
+        named = {part: f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in self.of}
         return {f"fisher/{named[part]}": tensor_digest(fisher.tensors) for part, fisher in self.of.items()}
 
 
@@ -98,7 +99,13 @@ class _Plan:
 
 
 def fisher_of_parts(
-    base: ConditionalBase, own: OwnSamples, remembered: Sequence[int], assets: AssetFolder, reporter: Reporter
+    base: ConditionalBase,
+    own: OwnSamples,
+    wanted: Sequence[int],
+    assets: AssetFolder,
+    reporter: Reporter,
+    *,
+    published: bool = False,
 ) -> Parts:
     """Read what was given of this checkpoint, compute the rest, and announce that.
 
@@ -108,14 +115,16 @@ def fisher_of_parts(
     Args:
         base: the model.
         own: its samples.
-        remembered: labels that are one part where there cannot be one for each.
+        wanted: labels that F is to be over.
         assets: of the checkpoint.
         reporter: told of phase and progress.
+        published: take more timesteps of an example, for a penalty that is in the published units: what F of a sum over
+            few terms exceeds its share of all by is their variance, about 15 % at a hundred and half at twenty.
 
     Raises:
         UserError: the model's loss or its gradient is not finite, or F of it takes too much memory.
     """
-    plans = _plans(base, remembered)
+    plans = _plans(base, wanted, published)
     shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
 
     def load(plan: _Plan, path: Path) -> Fisher:
@@ -127,27 +136,30 @@ def fisher_of_parts(
         if read is not None:
             found[plan.labels] = read
     missing = [plan for plan in plans if plan.labels not in found]
-    examples = [own.examples(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
+    examples = [own.drawn(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
     progress = _Progress(reporter, sum(plan.examples for plan in missing))
     if missing:
         passes = fit_fisher(base, _parameters(base), examples[0])
         reporter.phase("fisher")
     for plan, these in zip(missing, examples, strict=True):
         found[plan.labels] = fisher = _computed(plan, base, these, progress, passes)
-        assets.keep(plan.name, partial(unlearning.save_fisher, fisher))
+        if not set(plan.labels) & set(base.conditions.private):
+            assets.keep(plan.name, partial(unlearning.save_fisher, fisher))
     return Parts({plan.labels: found[plan.labels] for plan in plans}, len(missing))
 
 
-def _plans(base: ConditionalBase, remembered: Sequence[int]) -> list[_Plan]:
+def _plans(base: ConditionalBase, wanted: Sequence[int], published: bool) -> list[_Plan]:
     parameters = dict(cast(nn.Module, base.model).named_parameters())
     each = 4 * sum(parameters[name].numel() for name in _parameters(base))
-    slow = isinstance(base.model, GuidedConditional)
-    if each * len(base.labels) <= MOST_BYTES and not (slow and len(base.labels) > MOST_PARTS):
-        count = len(base.labels)
+    slow, count = isinstance(base.model, GuidedConditional), len(base.labels)
+    room = MOST_BYTES // each
+    if count <= (min(room, MOST_PARTS) if slow else room):
         examples = SLOW_EXAMPLES if slow else min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, ALL_EXAMPLES // count))
-        return [_plan(base, (label,), examples) for label in base.labels]
-    if slow and each <= MOST_BYTES:
-        return [_plan(base, tuple(remembered), max(POOLED_EXAMPLES, len(remembered)))]
+        labels = [label for label in base.labels if label in wanted or label not in base.conditions.private]
+        return [_plan(base, (label,), examples, published) for label in labels]
+    if slow and room:
+        parts = _chunks(base, wanted, min(room, MOST_PARTS))
+        return [_plan(base, part, max(POOLED_EXAMPLES // len(parts), len(part)), published) for part in parts]
     raise UserError(
         "checkpoint-refused",
         "The checkpoint cannot be used",
@@ -157,8 +169,23 @@ def _plans(base: ConditionalBase, remembered: Sequence[int]) -> list[_Plan]:
     )
 
 
-def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int) -> _Plan:
-    draws = TIMESTEPS if isinstance(base.model, StratifiedConditional) else 1
+def _chunks(base: ConditionalBase, wanted: Sequence[int], most: int) -> list[tuple[int, ...]]:
+    """At most so many parts of many labels, the same ones for the next request, as far as that can be.
+
+    What a request adds as a replacement is in none. Classes are cut alike whichever of them is to change, and the part
+    that holds it is left out; what a request on prompts remembers is its own.
+    """
+    kept = [label for label in wanted if label not in base.conditions.added]
+    known = kept if isinstance(base.model, PromptConditional) else list(base.labels)
+    size = -(-len(known) // most)
+    parts = [tuple(known[start : start + size]) for start in range(0, len(known), size)]
+    return [part for part in parts if set(part) <= set(kept)] or [tuple(kept)]
+
+
+def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int, published: bool) -> _Plan:
+    draws = 1
+    if isinstance(base.model, StratifiedConditional):
+        draws = min(base.model.terms, PUBLISHED_TIMESTEPS if published else TIMESTEPS)
     examples = -(-examples // len(labels)) * len(labels)
     sampling = [base.model.sampling.steps, base.model.sampling.guidance_scale] if isinstance(
         base.model, GuidedConditional

@@ -45,8 +45,12 @@ class OwnSamples(Protocol):
 
     def examples(self, labels: Sequence[int], n: int, purpose: str) -> Examples:
         """At least n examples over labels, of each as many as of the others, on the CPU; conditions as training has
-        them.
+        them. The caller's images stand for a label where there are some.
         """
+        ...
+
+    def drawn(self, labels: Sequence[int], n: int, purpose: str) -> Examples:
+        """As `examples`, but drawn by the model in any case: what other jobs may find depends on no caller's images."""
         ...
 
     def pictures(self, labels: Sequence[int], n: int, purpose: str, *, after: int = 0) -> tuple[Tensor, Tensor]:
@@ -67,6 +71,8 @@ class FreshSamples:
     def examples(self, labels: Sequence[int], n: int, purpose: str) -> Examples:
         """See `OwnSamples`."""
         return self.base.drawn(labels_in_turn(labels, n), derive_seed(self.seed, purpose))
+
+    drawn = examples
 
     def pictures(
         self,
@@ -96,12 +102,14 @@ class StoredSamples:
     def examples(self, labels: Sequence[int], n: int, purpose: str) -> Examples:  # noqa: ARG002 none is drawn for one purpose
         """See `OwnSamples`."""
         each = -(-n // len(labels))
-        parts = [self._captioned(label) if label in self.images else self._of(label, each) for label in labels]
-        rows = [torch.arange(each) % len(part) for part in parts]
-        return Examples(
-            torch.cat([part.x[take] for part, take in zip(parts, rows, strict=True)]),
-            torch.cat([part.condition[take] for part, take in zip(parts, rows, strict=True)]),
+        return _evenly(
+            [self._captioned(label) if label in self.images else self._of(label, each) for label in labels], each
         )
+
+    def drawn(self, labels: Sequence[int], n: int, purpose: str) -> Examples:  # noqa: ARG002 likewise
+        """See `OwnSamples`."""
+        each = -(-n // len(labels))
+        return _evenly([self._of(label, each) for label in labels], each)
 
     def pictures(
         self,
@@ -147,7 +155,8 @@ class StoredSamples:
             self.reporter.phase("replay")
             self._drawing.append(True)
         self._held[label] = drawn = self._draw(label, rungs[0])
-        self.assets.keep(self._name(label, rungs[0]), partial(self._save, drawn, self._name(label, rungs[0])))
+        if label not in self.base.conditions.private:
+            self.assets.keep(self._name(label, rungs[0]), partial(self._save, drawn, self._name(label, rungs[0])))
         return drawn
 
     def _draw(self, label: int, n: int) -> Examples:
@@ -185,6 +194,15 @@ class StoredSamples:
 
     def _facts(self, examples: Examples, name: str) -> dict[str, str]:
         return {"name": name, "weights": self.base.weights, "digest": examples.digest()}
+
+
+def _evenly(parts: Sequence[Examples], each: int) -> Examples:
+    """So many of each, from the first again where there are fewer."""
+    rows = [torch.arange(each) % len(part) for part in parts]
+    return Examples(
+        torch.cat([part.x[take] for part, take in zip(parts, rows, strict=True)]),
+        torch.cat([part.condition[take] for part, take in zip(parts, rows, strict=True)]),
+    )
 
 
 class _Damaged(Exception):

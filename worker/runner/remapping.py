@@ -164,8 +164,11 @@ def remap(
         passes = fit_training(opened.base, opened.trained, opened.parameters, replay)
         state = earlier_state(dict(job), folder)
         validated = time.monotonic()
-        parts = fisher_of_parts(opened.base, opened.own, opened.others, opened.assets, reporter)
-        fisher = _fisher(opened, parts)
+        published = opened.parameters.mode == "paper"
+        wanted = list(opened.base.labels) if published else opened.others
+        parts = fisher_of_parts(opened.base, opened.own, wanted, opened.assets, reporter, published=published)
+        fisher, information = _fisher(parts, wanted, opened.trained), parts.digests()
+        parts.of.clear()  # each as large as the weights
     computed = time.monotonic()
     reporter.phase("unlearning")
     method = _method(opened, remapping, fisher, passes)
@@ -175,8 +178,8 @@ def remap(
         raise _no_fisher(error) from error
     seconds = {"validating": validated - began, "fisher": computed - validated, "unlearning": result.seconds}
     with stop.at_once():
-        work = _work(opened, remapping, result, parts, state)
-        _conclude(opened, remapping, result, parts, work, seconds)
+        work = _work(opened, remapping, result, information, state)
+        _conclude(opened, remapping, result, parts.computed, work, seconds)
 
 
 def _opened(job: Mapping[str, Any], folder: Path, reporter: Reporter, named: str) -> Opened:
@@ -204,11 +207,10 @@ def _sent(job: Mapping[str, Any], base: ConditionalBase, reader: Reader) -> dict
     }
 
 
-def _fisher(opened: Opened, parts: Parts) -> Fisher:
+def _fisher(parts: Parts, wanted: list[int], trained: tuple[str, ...]) -> Fisher:
     """Over what stays; as the paper has it, over all."""
-    labels = list(opened.base.labels) if opened.parameters.mode == "paper" else opened.others
     try:
-        return parts.over(labels, opened.trained)
+        return parts.over(wanted, trained)
     except FisherError as error:
         raise _no_fisher(error) from error
 
@@ -237,7 +239,9 @@ def _method(opened: Opened, remapping: Remapping, fisher: Fisher, passes: Memory
     return forget
 
 
-def _work(opened: Opened, remapping: Remapping, result: AmnesiaResult, parts: Parts, state: State | None) -> Work:
+def _work(
+    opened: Opened, remapping: Remapping, result: AmnesiaResult, information: Mapping[str, str], state: State | None
+) -> Work:
     names = ("step", *remapping.losses)
     defaults = parameters_for(opened.base, {"mode": opened.parameters.mode})
     digests = {"replay": opened.replay.digest(), "surrogate": remapping.surrogate.digest()}
@@ -248,7 +252,7 @@ def _work(opened: Opened, remapping: Remapping, result: AmnesiaResult, parts: Pa
         steps=result.steps,
         history=[{name: row[name] for name in names if name in row} for row in result.history],
         resumed_from=None if state is None else int(state.meta["step"]),
-        digests={**digests, **parts.digests(), **remapping.digests},
+        digests={**digests, **information, **remapping.digests},
     )
 
 
@@ -256,7 +260,7 @@ def _conclude(
     opened: Opened,
     remapping: Remapping,
     result: AmnesiaResult,
-    parts: Parts,
+    computed: int,
     work: Work,
     seconds: dict[str, float],
 ) -> None:
@@ -284,7 +288,7 @@ def _conclude(
         "seconds": round(result.seconds, 3),
         "confirmed_by_the_method": result.met,
         "rollbacks": result.rollbacks,
-        "fisher_parts_computed": parts.computed,
+        "fisher_parts_computed": computed,
         "drift": finite(result.drift),
         **figures,
         "outcome": report.verdict.outcome,
