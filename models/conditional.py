@@ -7,7 +7,7 @@ apart from the loss, so that the same draws can be evaluated in any batches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class GuidedConditional(StratifiedConditional, Protocol):
     @property
     def null_condition(self) -> Tensor:
         """The condition of p(x): one row, as `losses` takes rows."""
+        ...
+
+    def imitation(self, teacher: Self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """As `losses`, with what another model of this kind answers in the place of the truth: (n,) float32."""
         ...
 
     def generate(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:

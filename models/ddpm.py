@@ -8,7 +8,7 @@ Ho et al., "Denoising Diffusion Probabilistic Models" (2020); Ho and Salimans, "
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import UNet2DModel
@@ -174,9 +174,19 @@ class ClassDDPM(nn.Module):
             ConditionError: a label is none of the model's.
         """
         steps, noise = self._checked_draws(x, draws)
-        answer = self._answer(self.diffusion.noised(x, steps, noise), steps, self._rows(condition, x))
-        errors: Tensor = (answer.float() - self.diffusion.target(x, steps, noise)).square().flatten(1).sum(dim=1)
-        return errors
+        return _errors(self._answered(x, condition, draws), self.diffusion.target(x, steps, noise))
+
+    def imitation(self, teacher: Self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """The squared error of each row against what another DDPM answers there; else as `losses`."""
+        with torch.no_grad():
+            wanted = teacher._answered(x, condition, draws)
+        return _errors(self._answered(x, condition, draws), wanted)
+
+    def _answered(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """The network's answers at these timesteps and noises, (n, c, h, w) float32."""
+        steps, noise = self._checked_draws(x, draws)
+        answer: Tensor = self._answer(self.diffusion.noised(x, steps, noise), steps, self._rows(condition, x)).float()
+        return answer
 
     @torch.no_grad()
     def generate(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -247,6 +257,12 @@ class ClassDDPM(nn.Module):
         _, height, width = self.image_shape
         most = DRAWN_VALUES.get(next(self.parameters()).device.type, DRAWN_VALUES["cpu"])
         return max(1, most // (height * width * int(self._sizes["channels"][0])))
+
+
+def _errors(answer: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each row, summed over the values of the image, (n,)."""
+    errors: Tensor = (answer - wanted).square().flatten(1).sum(dim=1)
+    return errors
 
 
 def _checked_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,10 +97,12 @@ class Diffusion:
             start: (n, ...), N(0, I).
             steps: see `Sampling`.
         """
-        sampler = DDIMScheduler(**self.config)
-        sampler.set_timesteps(min(steps, self.terms), device=start.device)
+        steps = min(steps, self.terms)
+        # where every timestep is asked for, an offset would lead past the last one
+        sampler = DDIMScheduler(**self.config | ({"steps_offset": 0} if steps == self.terms else {}))
+        sampler.set_timesteps(steps, device=start.device)
         x = start * sampler.init_noise_sigma
-        for step in sampler.timesteps:
+        for step in sampler.timesteps[sampler.timesteps >= 0]:  # rounding can add one before 0 to trailing ones
             answer = predict(sampler.scale_model_input(x, step), step.expand(len(x)))
             # where x_0 is clipped, the noise must be what is left of x_t then, or each step strays from the process
             x = sampler.step(answer, step, x, eta=0.0, use_clipped_model_output=True).prev_sample

@@ -42,11 +42,15 @@ def files_of_tar(path: Path | str, root: str) -> dict[str, Extent]:
                 name = _checked_name(member)
                 if member.isdir():
                     continue
-                if member.offset_data + member.size > whole.size:
+                if not 0 <= member.size <= whole.size - member.offset_data:
                     raise CheckpointFormatError(f"the tar ends within {quoted(name)}; was the upload cut short?")
                 if name in found:
                     raise UnsafeCheckpointError(f"{quoted(name)} stands twice in the tar; pack the folder once")
                 found[name] = Extent(whole.path, member.offset_data, member.size)
+    except RecursionError as error:  # tarfile reads a header that describes the next one by calling itself
+        raise UnsafeCheckpointError(
+            "the tar has hundreds of headers in front of one member; pack the folder again with tar"
+        ) from error
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointFormatError | UnsafeCheckpointError):
             raise

@@ -17,7 +17,7 @@ from models.clip_vocabulary import SIZE, clip_vocabulary
 from models.errors import ArchitectureError, ManifestError, MissingFactError, TensorMismatchError, UnknownFamilyError
 from models.single_file_names import CLIP, OPEN_CLIP, UNET, VAE, clip_name, open_clip_name, unet_name, vae_name
 from models.stable_diffusion import StableDiffusion
-from models.stable_diffusion_parts import scale_of
+from models.stable_diffusion_parts import MAX_LEVELS, scale_of
 from models.stable_diffusion_state import assembled, renamed
 from models.tensor_files import Extent, quoted, read_header
 
@@ -161,6 +161,8 @@ def _unet_told(shapes: Shapes) -> dict[str, Any]:
 def _vae_told(shapes: Shapes) -> dict[str, Any]:
     """What the shapes of the VAE tell."""
     levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
+    if not 1 <= levels <= MAX_LEVELS:
+        raise TensorMismatchError(f"the VAE has {levels} levels (encoder.down.*), not 1 to {MAX_LEVELS}")
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
@@ -230,10 +232,19 @@ def _reshaped(name: str, value: Tensor) -> Tensor:
 
 
 def _split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values that are one tensor as three."""
+    """Queries, keys and values that are one tensor as three.
+
+    Raises:
+        TensorMismatchError: such a tensor cannot be cut in three.
+    """
     for name in [one for one in weights if SPLIT in one]:
         before, _, kind = name.partition(SPLIT)
-        for part, value in zip("qkv", weights.pop(name).chunk(3), strict=True):
+        whole = weights.pop(name)
+        if not whole.ndim or len(whole) % 3:
+            raise TensorMismatchError(
+                f"{quoted(name)} holds queries, keys and values, and its shape {tuple(whole.shape)} is not theirs"
+            )
+        for part, value in zip("qkv", whole.chunk(3), strict=True):
             weights[f"{before}.self_attn.{part}_proj.{kind}"] = value.clone()
     return weights
 

@@ -10,7 +10,7 @@ prompt (`told`), what it is called with (`answer`), and which of its weights a s
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -196,12 +196,19 @@ class StableDiffusion(nn.Module):
             InputError: a shape does not fit, or a timestep is none.
             ConditionError: the conditions are no rows of token ids.
         """
-        if x.shape[1:] != self.latent_shape or not x.is_floating_point():
-            raise InputError(f"x is a float tensor (n, {self.latent_shape}), not {x.dtype} {tuple(x.shape)}")
-        steps, noise = self._checked_draws(draws, x)
-        answer = self.answer(self.diffusion.noised(x, steps, noise), steps, self.told(condition, len(x)))
-        errors: Tensor = (answer.float() - self.diffusion.target(x, steps, noise)).square().flatten(1).mean(dim=1)
-        return errors
+        steps, noise = self._checked_draws(x, draws)
+        return _errors(self._answered(x, condition, draws), self.diffusion.target(x, steps, noise))
+
+    def imitation(self, teacher: Self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """The squared error of each row against what another pipeline of this kind answers there; else as `losses`."""
+        with torch.no_grad():
+            wanted = teacher._answered(x, condition, draws)
+        return _errors(self._answered(x, condition, draws), wanted)
+
+    def _answered(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+        """The U-Net's answers at these timesteps and noises, (n, *latent_shape) float32."""
+        steps, noise = self._checked_draws(x, draws)
+        return self.answer(self.diffusion.noised(x, steps, noise), steps, self.told(condition, len(x))).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -324,7 +331,9 @@ class StableDiffusion(nn.Module):
     def _vae_rows(self) -> int:
         return max(1, min(MOST_ROWS, VAE_PIXELS // self.image_shape[1] ** 2))
 
-    def _checked_draws(self, draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked_draws(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        if x.shape[1:] != self.latent_shape or not x.is_floating_point():
+            raise InputError(f"x is a float tensor (n, {self.latent_shape}), not {x.dtype} {tuple(x.shape)}")
         if len(draws) != 2 or draws[0].shape != x.shape[:1] or draws[1].shape != x.shape:
             shapes = [tuple(part.shape) for part in draws]
             raise InputError(f"draws are timesteps ({len(x)},) and noise {tuple(x.shape)}, see `draw`, not {shapes}")
@@ -332,6 +341,12 @@ class StableDiffusion(nn.Module):
         if steps.dtype != torch.int64 or bool(((steps < 0) | (steps >= self.terms)).any()):
             raise InputError(f"timesteps are whole numbers from 0 to {self.terms - 1}")
         return steps.to(x.device), noise.to(x.device)
+
+
+def _errors(answer: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each row, averaged over the latent's values, (n,)."""
+    errors: Tensor = (answer - wanted).square().flatten(1).mean(dim=1)
+    return errors
 
 
 def _forget_caches(model: nn.Module, _: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -51,8 +52,10 @@ class Part(BaseModel):
 
 
 def plain(concept: str) -> str:
-    """What two spellings of a concept have in common: case and spaces tell none apart (as ``unlearning.prompts``)."""
-    return " ".join(concept.split()).casefold()
+    """What two spellings of a concept have in common: case, spaces and how accents are composed tell none apart (as
+    ``unlearning.prompts``).
+    """
+    return " ".join(unicodedata.normalize("NFC", concept).split()).casefold()
 
 
 def named_once(names: list[str]) -> None:

@@ -34,7 +34,7 @@ from unlearning.state import State
 from unlearning.surrogates import Examples, Surrogate
 
 PHASE = "unlearning"
-VERSION = 2
+VERSION = 3
 """Of the states: raised whenever the steps or what they read change."""
 
 

@@ -12,15 +12,17 @@ Mode = Literal["default", "paper"]
 LossTerm = Literal["surrogate", "replay", "penalty"]
 """The three terms of eq. 4."""
 Reduction = Literal["sum", "mean"]
+ReplayTarget = Literal["truth", "teacher"]
 
 
 _DEFAULTS: dict[Mode, dict[str, Any]] = {
     "default": {
         "strength": 10.0, "max_steps": 2000, "learning_rate": 1e-3, "clip": 1.0, "null_share": 0.1, "reduction": "mean",
+        "replay_target": "teacher",
     },
     "paper": {
         "strength": 100.0, "max_steps": 10_000, "learning_rate": 1e-4, "clip": 1e12, "null_share": 0.0,
-        "reduction": "sum",
+        "reduction": "sum", "replay_target": "truth",
     },
 }  # fmt: skip
 _PAPER: Mapping[str, Mapping[str, Any]] = {
@@ -65,6 +67,10 @@ class AmnesiaParameters(Parameters):
     null_share: float | None = None
     """Share of replay examples whose condition is dropped, where the model is guided by its answer without one, which
     would drift along; null: .1, and none for paper; [0, .9]."""
+    replay_target: ReplayTarget | None = None
+    """What a diffusion model's answers to replay are held against: "truth", the noise that was added, or "teacher",
+    what theta* answers there. Guided samples are sharper than what theta* knows, and training on their truth would
+    sharpen it again. null: teacher, and truth for paper; of a VAE it is the truth in any case."""
     reduction: Reduction | None = None
     """paper: whether a step adds up its examples' losses or averages them; null: "sum", as for a VAE. The default mode
     averages."""
@@ -99,6 +105,9 @@ class AmnesiaParameters(Parameters):
             check_choice(name, value, get_args(Mode))
         elif name == "optimiser":
             check_choice(name, value, get_args(Optimiser))
+        elif name == "replay_target":
+            if value is not None:
+                check_choice(name, value, get_args(ReplayTarget))
         elif name == "reduction":
             if value is not None:
                 check_choice(name, value, get_args(Reduction))

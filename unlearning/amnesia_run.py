@@ -1,5 +1,6 @@
 """One run of Selective Amnesia: the copy that it changes, its optimiser, the penalty, the way back from a bad step."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -55,6 +56,7 @@ class AmnesiaRun:
         self._device = next(iter(self._parameters.values())).device
         # theta*: the base's own tensors where they are here, since nothing large is held twice.
         self._start = [base[name].detach().to(self._device) for name in self._parameters]
+        self._teacher = self._beside(model) if isinstance(model, GuidedConditional) else None
         self._fisher = fisher
         if values.mode == "default":
             self._scale, self._information = self._loss_at_start(), self._relative_to_start()
@@ -80,7 +82,8 @@ class AmnesiaRun:
         if "replay" not in values.without and values.replay_weight:
             x, condition = self._replay.drawn(values.replay_batch, generator)
             condition = self._some_dropped(condition, generator)
-            losses["replay"] = self._backward(x, condition, values.replay_weight, generator)
+            teacher = self._teacher if values.replay_target == "teacher" else None
+            losses["replay"] = self._backward(x, condition, values.replay_weight, generator, teacher)
         self._join_gradients()
         losses["penalty"] = self._pull_back()
         norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), cast(float, values.clip))
@@ -122,19 +125,31 @@ class AmnesiaRun:
         self.rollbacks = int(meta["rollbacks"])
         self._keep()
 
+    def _beside(self, model: GuidedConditional) -> GuidedConditional:
+        """The base on the device of the run: itself, where it is there."""
+        here = next(cast(nn.Module, model).parameters()).device == self._device
+        return model if here else cast(GuidedConditional, copy.deepcopy(cast(nn.Module, model)).to(self._device))
+
     def _keep(self) -> None:
         """In the host's memory: an accelerator's has more to hold."""
         packed = pack(self._parameters, self._optimiser)
         self._good = {name: value.detach().to("cpu", copy=True) for name, value in packed.items()}
         self._keeps_next = False
 
-    def _backward(self, x: Tensor, condition: Tensor, weight: float, generator: torch.Generator) -> float:
+    def _backward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        weight: float,
+        generator: torch.Generator,
+        teacher: GuidedConditional | None = None,
+    ) -> float:
         """Accumulate the gradient of a term's mean loss; returns the mean, in the loss's own units."""
         draws = cast(ConditionalModel, self.model).draw(len(x), generator=generator)
         share = weight / self._scale / (len(x) if self._values.reduction == "mean" else 1)
         total = 0.0
         for rows in self._parts(len(x)):
-            part = self._losses(x[rows], condition[rows], tuple(draw[rows] for draw in draws)).sum()
+            part = self._losses(x[rows], condition[rows], tuple(draw[rows] for draw in draws), teacher).sum()
             torch.autograd.backward(part * share)
             total += float(part.detach())
         return self._processes.total(total) / len(x)
@@ -151,11 +166,15 @@ class AmnesiaRun:
                 parameter.grad = torch.zeros_like(parameter)
         self._processes.add_up(cast(Tensor, parameter.grad) for parameter in self._parameters.values())
 
-    def _losses(self, x: Tensor, condition: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
-        model, device = cast(ConditionalModel, self.model), self._device
+    def _losses(
+        self, x: Tensor, condition: Tensor, draws: tuple[Tensor, ...], teacher: GuidedConditional | None = None
+    ) -> Tensor:
+        device = self._device
+        x, condition, draws = x.to(device), condition.to(device), tuple(draw.to(device) for draw in draws)
         with autocast(device):
-            found = model.losses(x.to(device), condition.to(device), tuple(draw.to(device) for draw in draws))
-        return found.float()
+            if teacher is None:
+                return cast(ConditionalModel, self.model).losses(x, condition, draws).float()
+            return cast(GuidedConditional, self.model).imitation(teacher, x, condition, draws).float()
 
     @torch.no_grad()
     def _pull_back(self) -> float:

@@ -4,6 +4,7 @@ A condition of a text-to-image model is a literal string, so what forgets one ph
 (`{}` itself, a photo of it, an alias). Training draws from some phrasings and judges draw from the others.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,14 +49,20 @@ def phrasings(concept: str, aliases: Sequence[str] = ()) -> Phrasings:
     Raises:
         InputError: a name is empty, or has braces.
     """
-    names = list(dict.fromkeys(" ".join(name.split()) for name in (concept, *aliases)))
+    names = list(dict.fromkeys(_composed(name) for name in (concept, *aliases)))
     for name in names:
         if not name or "{" in name or "}" in name:
             raise InputError(f"a concept is a few words without braces, such as “a red car”, not {name!r}")
     trained, held_out = (tuple(one.format(name) for name in names for one in of) for of in (TRAINED, HELD_OUT))
-    return Phrasings(trained, tuple(prompt for prompt in held_out if prompt not in trained))
+    seen = {plain(prompt) for prompt in trained}  # text encoders read no case
+    return Phrasings(trained, tuple(prompt for prompt in held_out if plain(prompt) not in seen))
 
 
 def plain(concept: str) -> str:
-    """What two spellings of a concept have in common: case and spaces tell none apart."""
-    return " ".join(concept.split()).casefold()
+    """What two spellings of a concept have in common: case, spaces and how accents are composed tell none apart."""
+    return _composed(concept).casefold()
+
+
+def _composed(name: str) -> str:
+    """With single spaces, and letters and their accents as one character where there is one (Unicode's form NFC)."""
+    return " ".join(unicodedata.normalize("NFC", name).split())

@@ -346,3 +346,16 @@ def test_a_process_without_such_a_model_never_imports_diffusers() -> None:
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=120)
 
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_imitates_itself_without_error_and_another_by_its_distance() -> None:
+    model, other = ddpm(), ddpm()
+    with torch.no_grad():
+        other.get_parameter("unet.conv_out.bias").add_(0.5)  # every answer moves by as much
+    x, labels = torch.zeros(4, *model.image_shape), torch.tensor([0, 1, 2, NO_CONDITION])
+    draws = model.draw(4, generator=torch.Generator().manual_seed(0))
+
+    own, apart = model.imitation(model, x, labels, draws), model.imitation(other, x, labels, draws)
+
+    assert torch.equal(own, torch.zeros(4))
+    torch.testing.assert_close(apart, torch.full((4,), 0.25 * x[0].numel()))

@@ -402,6 +402,26 @@ def test_a_member_that_claims_more_than_the_file_has_is_refused_unread(tmp_path:
         read_folder_tar(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_whose_headers_chain_without_end_is_refused(kind: bytes, tmp_path: Path) -> None:
+    first, link = member("model_index.json"), member("long", kind)
+    (tmp_path / "a.tar").write_bytes(
+        first.tobuf(tarfile.USTAR_FORMAT) + 3000 * link.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+    )
+
+    with pytest.raises(UnsafeCheckpointError, match="hundreds of headers"):
+        convert(tmp_path / "a.tar", tmp_path / "a.safetensors")
+
+
+def test_a_member_of_negative_size_is_refused(tmp_path: Path) -> None:
+    info = member("model_index.json")
+    info.pax_headers = {"size": "-512"}
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+
+    with pytest.raises(CheckpointFormatError):
+        convert(tmp_path / "a.tar", tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_tar_that_was_cut_short_is_refused(share: float, model: StableDiffusion, tmp_path: Path) -> None:
     write_folder_tar(model, tmp_path / "a.tar")

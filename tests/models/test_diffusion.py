@@ -83,6 +83,41 @@ def test_who_knows_the_image_draws_it(kind: str, clip: bool, spacing: str) -> No
     torch.testing.assert_close(drawn, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("terms", [1, 2, 3, 15, 17, 30])
+def test_any_number_of_steps_draws_by_as_many_timesteps_of_the_range(terms: int, offset: int, spacing: str) -> None:
+    diffusion = process(num_train_timesteps=terms, steps_offset=offset, timestep_spacing=spacing)
+    for steps in range(1, terms + 1):
+        asked: list[int] = []
+
+        def answer(noisy: Tensor, at: Tensor, asked: list[int] = asked) -> Tensor:
+            asked.append(int(at[0]))
+            return torch.zeros_like(noisy)
+
+        drawn = diffusion.reverse(answer, torch.ones(1, 1), steps)
+
+        assert asked == sorted(set(asked), reverse=True)
+        assert len(asked) == steps
+        assert 0 <= asked[-1] <= asked[0] < terms
+        assert bool(drawn.isfinite().all())
+
+
+def test_an_offset_is_left_out_only_where_every_timestep_is_asked_for() -> None:
+    diffusion = process(num_train_timesteps=20, steps_offset=1)
+    lowest: dict[int, int] = {}
+
+    for steps in (1, 10, 19, 20):
+
+        def answer(noisy: Tensor, at: Tensor, steps: int = steps) -> Tensor:
+            lowest[steps] = int(at[0])
+            return noisy
+
+        diffusion.reverse(answer, torch.ones(1, 1), steps)
+
+    assert lowest == {1: 1, 10: 1, 19: 1, 20: 0}
+
+
 def test_a_clipped_image_leaves_its_noise_to_the_next_step() -> None:
     diffusion = process(clip_sample=True, timestep_spacing="trailing")
     seen: list[tuple[Tensor, Tensor]] = []

@@ -302,6 +302,29 @@ def test_a_file_of_another_model_is_refused(
         convert(tmp_path / "a", tmp_path / "b", image_size=8)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1, 64), (2, 64), (4, 64), (3,)], ids=str)
+def test_queries_keys_and_values_that_cannot_be_told_apart_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    save_file({**compvis(True), name: torch.ones(shape)}, tmp_path / "a")
+
+    with pytest.raises(CheckpointError, match="shape"):
+        convert(tmp_path / "a", tmp_path / "b", **told(True))
+
+
+@pytest.mark.parametrize("levels", [0, 7, 20_000])
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_vae_of_no_or_countless_levels_is_refused(
+    levels: int, image_size: int | None, first_tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    down = "first_stage_model.encoder.down."
+    tensors = without(down, first_tensors)
+    tensors |= {f"{down}{level}.block.0.conv2.weight": torch.ones(1) for level in range(levels)}
+    save_file(tensors, tmp_path / "a")
+
+    with pytest.raises(CheckpointError, match=f"has {levels} levels"):
+        convert(tmp_path / "a", tmp_path / "b", image_size=image_size)
+
+
 def test_what_is_stated_must_agree_with_the_file(first_tensors: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(first_tensors, tmp_path / "a")
 

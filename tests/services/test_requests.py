@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -329,6 +330,17 @@ def test_families_are_asked_for_classes_or_by_prompts() -> None:
 @pytest.mark.parametrize("concept", ["zero", " A  Red\tcar ", "STRASSE", "straße", "ZERO", "e\u0301", "\u00e9"])
 def test_the_door_and_the_methods_tell_the_same_concepts_apart(concept: str) -> None:
     assert plain(concept) == plain_to_methods(concept)
+
+
+@pytest.mark.parametrize("name", ["Zoé", "Ａé", "각", "Ǻ", "Άͅ"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_alias_that_is_the_concept_in_another_normal_form_is_refused(form: Literal["NFC", "NFD"], name: str) -> None:
+    other = unicodedata.normalize("NFD" if form == "NFC" else "NFC", name)
+    target = {"concept": unicodedata.normalize(form, name), "aliases": [other]}
+    assert target["concept"] != other
+
+    with pytest.raises(ValidationError, match="named twice"):
+        ForgetRequest.model_validate({"checkpoint": CHECKPOINT, "target": target})
 
 
 @pytest.mark.parametrize("concept", ["zero", "a red car", "Günther's dog", "{}", "a {car", "", " ", "\u3000"])

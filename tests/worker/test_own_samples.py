@@ -74,5 +74,7 @@ def test_what_others_may_find_depends_on_no_image_of_the_callers(file: Path, tmp
     assert torch.equal(drawn[0].x, drawn[1].x)
     assert torch.equal(examples[0].x, drawn[0].x[:20])
     assert not torch.equal(examples[0].x, examples[1].x)
-    assert len(torch.unique(examples[1].x, dim=0)) == len(images)  # every one of them, none more than the others but once
+    assert len(torch.unique(examples[1].x, dim=0)) == len(
+        images
+    )  # every one of them, none more than the others but once
     assert plain.kept == sent.kept

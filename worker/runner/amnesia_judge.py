@@ -31,6 +31,8 @@ from worker.runner.samples import samples_below
 __all__ = ["Asked", "Effort", "asked_of", "criterion_of", "effort_of"]
 
 OWN_NAME = "base samples"
+LEARNT_AT_LEAST = 10
+"""Samples of each class that a judge learns from, however many classes there are."""
 FRESH = 4
 """One sample is held back, to measure a trained judge on, for so many that it learns from."""
 
@@ -42,7 +44,7 @@ class Effort:
     learnt: int
     """Samples of each class that a judge learns from where none was sent."""
     learnt_at_most: int
-    """All together."""
+    """All together, as far as each class keeps `LEARNT_AT_LEAST`."""
     first_look: int
     """Samples that a check looks at before it takes the trouble to look at all."""
     tried: int
@@ -56,6 +58,10 @@ class Effort:
     """Share of the tolerance by which a balanced condition may miss its target and still show that it keeps it."""
     least_samples: int
     least_others: int
+
+    def learnt_of_each(self, labels: int) -> int:
+        """Samples of each of so many labels that an own judge learns from, the first that are stored."""
+        return max(LEARNT_AT_LEAST, min(self.learnt, self.learnt_at_most // labels))
 
     def others_for(self, within: float, confidence: float) -> int:
         """Samples of what stays with which a model shows that no more than so much of it is lost."""
@@ -216,7 +222,7 @@ def _goal(job: Mapping[str, Any], replacement: int | None) -> Goal:
 def _own_judge(base: ConditionalBase, own: OwnSamples, effort: Effort, seed: int) -> Judge:
     """A judge that learned each label from the base's own samples of it."""
     names = base.conditions.names
-    each = max(10, min(effort.learnt, effort.learnt_at_most // len(names)))
+    each = effort.learnt_of_each(len(names))
     images, labels = own.pictures(base.labels, each * len(names), "own")
     fresh = own.pictures(base.labels, max(1, each // FRESH) * len(names), "fresh", after=each)
     with refused_by_judge("/judge"):
@@ -281,9 +287,9 @@ class _Tried:
 
     def recognised(self, labels: Sequence[int], n: int) -> Fraction:
         """The share of n samples of these labels that it takes for what they are."""
-        learnt = 0 if self.judge.accuracy is None else self.effort.learnt_at_most // len(self.base.labels)
+        learnt = 0 if self.judge.accuracy is None else self.effort.learnt_of_each(len(self.base.labels))
         purpose = f"tried {' '.join(map(str, labels))}"
-        images, drawn_of = self.own.pictures(labels, n, purpose, after=min(learnt, self.effort.learnt))
+        images, drawn_of = self.own.pictures(labels, n, purpose, after=learnt)
         expected = torch.tensor([self.shows[label] for label in drawn_of.tolist()])
         return share(read(self.judge, images).seen == expected, self.confidence)
 

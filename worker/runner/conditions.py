@@ -17,7 +17,7 @@ from models.conditional import ClassConditional, ConditionalModel, LabelledSampl
 from models.errors import PromptError
 from unlearning import UnlearningError
 from unlearning.prompts import GENERAL, Phrasings, phrasings, plain
-from worker.runner.problems import UserError
+from worker.runner.problems import UserError, escaped
 
 __all__ = ["Classes", "Concepts", "Conditions", "classes_of", "concepts_of"]
 
@@ -158,7 +158,7 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
     Where the request names none to remember, they are `unlearning.general_concepts.GENERAL`.
 
     Raises:
-        UserError: the text encoder would cut a prompt short, or cannot read it.
+        UserError: the text encoder would cut a prompt short, cannot read it, or reads two concepts as the same.
     """
     target = job.get("target") or job["condition"]
     asked = [
@@ -170,7 +170,7 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
     ]
     remember = job["remember"]
     if remember.get("sets"):
-        asked += [_Named(name, (), f"/remember/sets/{name}") for name in remember["sets"]]
+        asked += [_Named(name, (), f"/remember/sets/{escaped(name)}") for name in remember["sets"]]
     elif remember.get("concepts"):
         asked += [_Named(name, (), f"/remember/concepts/{number}") for number, name in enumerate(remember["concepts"])]
     else:
@@ -182,7 +182,8 @@ def concepts_of(job: Mapping[str, Any], model: PromptConditional) -> Concepts:
     for one in asked:
         if one is asked[0] or plain(one.concept) not in own:
             seen.setdefault(plain(one.concept), one)
-    worded = [(one, _phrased(one)) for one in seen.values()]
+    _check_read(model, list(seen.values()))
+    worded = [(one, phrasings(one.concept, one.aliases)) for one in seen.values()]
     return Concepts(
         names=tuple(one.concept for one, _ in worded),
         rows=tuple(_tokens(model, said.trained, one.pointer) for one, said in worded),
@@ -207,6 +208,12 @@ class _Named:
     aliases: tuple[str, ...]
     pointer: str
 
+    @property
+    def by_place(self) -> dict[str, str]:
+        """Each of its names by where the request has it, the concept itself first."""
+        beside = self.pointer.removesuffix("/concept")
+        return {self.pointer: self.concept} | {f"{beside}/aliases/{i}": name for i, name in enumerate(self.aliases)}
+
 
 def _replacing(job: Mapping[str, Any]) -> list[_Named]:
     """The concepts that stand in for the forgotten one."""
@@ -215,15 +222,33 @@ def _replacing(job: Mapping[str, Any]) -> list[_Named]:
         return [_Named(asked["concept"], (), "/replace_with/concept")]
     given = job.get("replacements") or {}
     return [
-        _Named(one["concept"], (), f"/replacements/{name}/concept") for name, one in given.items() if one.get("concept")
+        _Named(one["concept"], (), f"/replacements/{escaped(name)}/concept")
+        for name, one in given.items()
+        if one.get("concept")
     ]
 
 
-def _phrased(one: _Named) -> Phrasings:
+def _check_read(model: PromptConditional, concepts: Sequence[_Named]) -> None:
+    """Raise at the name that cannot be phrased or read by itself, or is read as the same tokens as another concept."""
+    read: dict[tuple[int, ...], _Named] = {}
+    for one in concepts:
+        for pointer, name in one.by_place.items():
+            said = _phrased(name, pointer)
+            rows = _tokens(model, (*said.trained, *said.held_out), pointer)
+            other = read.setdefault(tuple(rows[0].tolist()), one)
+            if other is not one:
+                raise _refused(
+                    f"The model reads “{name}” and “{other.concept}” as the same tokens, so that what changes one "
+                    "changes the other. Leave one of them out, or name it otherwise",
+                    pointer,
+                )
+
+
+def _phrased(name: str, pointer: str) -> Phrasings:
     try:
-        return phrasings(one.concept, one.aliases)
+        return phrasings(name)
     except UnlearningError as error:
-        raise _refused(str(error), one.pointer) from error
+        raise _refused(str(error), pointer) from error
 
 
 def _tokens(model: PromptConditional, prompts: Sequence[str], pointer: str) -> Tensor:
