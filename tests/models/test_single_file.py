@@ -311,7 +311,7 @@ def test_queries_keys_and_values_that_cannot_be_told_apart_are_refused(shape: tu
         convert(tmp_path / "a", tmp_path / "b", **told(True))
 
 
-@pytest.mark.parametrize("levels", [0, 7, 20_000])
+@pytest.mark.parametrize("levels", [0, 7, 1000])
 @pytest.mark.parametrize("image_size", [None, 8])
 def test_a_vae_of_no_or_countless_levels_is_refused(
     levels: int, image_size: int | None, first_tensors: dict[str, Tensor], tmp_path: Path

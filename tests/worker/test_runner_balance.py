@@ -225,7 +225,7 @@ def test_a_concept_is_balanced_and_what_replaces_it_is_remembered_too(prompted_f
     assert ended.result["outcome"] == "succeeded"
     assert report["condition"] == "a doctor"
     assert [one["condition"] for one in report["ingredients"]] == ["zero", "one"]
-    assert [one["label"] for one in report["kept"]] == ["zero", "one", "two"]
+    assert [one["label"] for one in report["kept"]] == ["two", "zero", "one"]
 
 
 def test_another_name_of_the_condition_does_not_replace_it(prompted_file: Path, tmp_path: Path) -> None:

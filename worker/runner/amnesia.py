@@ -49,7 +49,7 @@ class _Forgetting:
     @property
     def criterion(self) -> Criterion:
         """Fresh samples show what is aimed at."""
-        return criterion_of(self.asked, self.opened.base)
+        return criterion_of(self.asked, self.opened.base, self.opened.reporter.alive)
 
     @property
     def digests(self) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,24 +175,25 @@ def asked_of(
     )
 
 
-def criterion_of(asked: Asked, base: ConditionalBase) -> Criterion:
+def criterion_of(asked: Asked, base: ConditionalBase, on_batch: Callable[[], None] = lambda: None) -> Criterion:
     """What ends the run: fresh samples under the forgotten condition show what is aimed at.
 
-    A first look at few samples spares the rest where these alone miss what is asked.
+    A first look at few samples spares the rest where these alone miss what is asked. `on_batch` is called after every
+    batch of samples, which may take minutes.
     """
 
     def look(model: ConditionalModel, seed: int) -> Check:
         first, sampler = asked.effort.first_look, base.conditions.sampler(model)
-        check = _looked(sampler, asked, min(first, asked.samples), derive_seed(seed, "few"))
+        check = _looked(sampler, asked, min(first, asked.samples), derive_seed(seed, "few"), on_batch)
         if not check.met or asked.samples <= first:
             return check
-        return _looked(sampler, asked, asked.samples, derive_seed(seed, "all"))
+        return _looked(sampler, asked, asked.samples, derive_seed(seed, "all"), on_batch)
 
     return look
 
 
-def _looked(sampler: LabelledSampler, asked: Asked, n: int, seed: int) -> Check:
-    images = samples_of(sampler, torch.full((n,), asked.label, dtype=torch.int64), seed=seed)
+def _looked(sampler: LabelledSampler, asked: Asked, n: int, seed: int, on_batch: Callable[[], None]) -> Check:
+    images = samples_of(sampler, torch.full((n,), asked.label, dtype=torch.int64), seed=seed, on_batch=on_batch)
     forgotten = asked.shows[asked.label]
     shown = looked_at(read(asked.judge, images), forgotten, len(asked.judge.classes), asked.confidence)
     found = {"forgotten": shown.shares[forgotten]}

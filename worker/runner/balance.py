@@ -84,7 +84,8 @@ class _Balancing:
     def _looked(self, model: ConditionalModel, n: int, seed: int, *, certain: bool) -> Check:
         """Whether n samples show what is aimed at; if not `certain`, whether they leave that possible."""
         sampler, judge = self.opened.base.conditions.sampler(model), self.wanted.judge
-        labels = judge(samples_of(sampler, torch.full((n,), self.opened.label, dtype=torch.int64), seed=seed))
+        asked = torch.full((n,), self.opened.label, dtype=torch.int64)
+        labels = judge(samples_of(sampler, asked, seed=seed, on_batch=self.opened.reporter.alive))
         shares = count(labels, judge.classes, confidence=self.confidence)
         met = all(
             bound.low <= (shares[name].value if certain else shares[name].high)
