@@ -62,7 +62,7 @@ def report_of(client: Client, job: Job) -> dict[str, Any]:
     report = client.report(job.id)
     print(f"{report['verdict']['outcome']}: {report['verdict']['sentence']}")
     print(f"{'class':<12} {'before':>8} {'after':>8}   {'interval':<16} asked")
-    for row in report["fractions"]:
+    for row in report.get("fractions") or report["shares"]:  # of a flow, or of a changed condition
         after = row["after"]
         interval = f"{100 * after['low']:.1f} to {100 * after['high']:.1f} %"
         shares = f"{100 * row['before']['value']:6.1f} % {100 * after['value']:6.1f} %"

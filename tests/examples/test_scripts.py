@@ -13,19 +13,37 @@ from typing import Any
 import pytest
 import torch
 
+from evidence.amnesia_evaluation import evaluate_amnesia
+from evidence.amnesia_records import Goal
+from evidence.amnesia_report import build_amnesia_report
+from evidence.balance_evaluation import evaluate_balance
+from evidence.balance_report import Ingredient, Recipe, build_balance_report
 from evidence.drift import SampleHealth
 from evidence.fractions import Bound, fraction_of, judge_fraction
 from evidence.kid import Kid
 from evidence.report_parts import RunFacts
 from evidence.steering_records import ClassChange, JudgeEvaluation, RelearnProbe, SteeringEvaluation
 from evidence.steering_report import build_steering_report
-from examples import debias, digits, forget_class, labelled_sets, lower_attribute, own_flow, pictures, service
+from examples import (
+    debias,
+    debias_condition,
+    digits,
+    forget_class,
+    forget_concept,
+    labelled_sets,
+    lower_attribute,
+    own_flow,
+    pictures,
+    service,
+)
 from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
 from models.training import TransformerRecipe
+from services.conditional_checks import CONDITIONAL, check_conditions
 from services.job_checks import METHODS_OF_FAMILY
 from services.requests import DebiasRequest, ForgetRequest
 from tests.cli.scripted import Answer, ScriptedServer
+from tests.evidence.painted import Levels, Painter
 
 HEX = "0192f3c1a2b47d0e8f1a2b3c4d5e6f70"
 CHECKPOINT, CLASSIFIER, JOB = f"ckpt_{HEX}", f"clf_{HEX}", f"job_{HEX}"
@@ -53,6 +71,29 @@ def report_on(after: float, *, kind: str = "attribute") -> dict[str, Any]:
     rows = [{"step": 0.0, "1": 0.11, "2": 0.09, "n": 500.0}, {"step": 10.0, "1": after, "2": 0.1, "n": 500.0}]
     text = build_steering_report(evaluation, RunFacts(method="steering", steps=10), history=rows).to_json()
     document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def report_on_a_condition(*, shown: float) -> dict[str, Any]:
+    """A report that a forgotten class comes to show another in this share of samples, where .9 was asked for."""
+    found = evaluate_amnesia(
+        Painter({}), Painter({0: (1, shown)}), Levels(), label=0, replacement=1, image_shape=(1, 6, 6), n_bits=8,
+        samples=400, others=400, goal=Goal(replaced_at_least=0.9), seed=1,
+    )  # fmt: skip
+    document: dict[str, Any] = json.loads(build_amnesia_report(found, replacement="what class 1 shows").to_json())
+    return document
+
+
+def report_on_a_balance(*, half: float) -> dict[str, Any]:
+    """A report that a condition shows another in this share of samples and itself else, where each half was asked."""
+    target = {"a": 0.5, "b": 0.5, "c": 0.0, "nothing": 0.0}
+    found = evaluate_balance(
+        Painter({}), Painter({0: (1, half)}), Levels(), label=0, names=["x", "y", "z"], image_shape=(1, 6, 6), n_bits=8,
+        bounds={name: Bound.around(share, 0.1) for name, share in target.items()}, samples=800, others=400, seed=1,
+    )  # fmt: skip
+    recipe = Recipe(target, 0.1, [Ingredient("x", 0.5, {"a": 1, "b": 0, "c": 0, "nothing": 0}),
+                                  Ingredient("y", 0.5, {"a": 0, "b": 1, "c": 0, "nothing": 0})])  # fmt: skip
+    document: dict[str, Any] = json.loads(build_balance_report(found, recipe=recipe).to_json())
     return document
 
 
@@ -210,23 +251,110 @@ def test_equal_reports_are_equal_pictures_without_a_date(tmp_path: Path) -> None
     assert len(first) < 60_000
 
 
+@pytest.mark.parametrize(("shown", "code"), [(1.0, 0), (0.5, 1)])
+def test_a_concept_is_asked_for_by_all_its_names_and_its_picture_drawn(
+    shown: float,
+    code: int,
+    serve: Callable[..., ScriptedServer],
+    files: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = serve(READY, READY, JUDGE, QUEUED, DONE, answer(**report_on_a_condition(shown=shown)))
+
+    ended = forget_concept.main([*files, "--concept", "seven", "--picture", str(tmp_path / "picture.svg")])
+
+    (body,) = bodies(server, "forget")
+    request = ForgetRequest.model_validate(body).decided(METHODS_OF_FAMILY["stable-diffusion"])
+    check_conditions(request, {"family": "stable-diffusion"})
+    assert (request.target.concept, request.target.aliases) == ("seven", ["the digit 7"])
+    assert "seven" not in (request.remember.concepts or [])
+    assert len(request.remember.concepts or []) == 9
+    assert ended == code
+    assert "at least 90 %" in capsys.readouterr().out
+    assert {"forgotten", "shows b instead", "before", "after"} <= words(tmp_path / "picture.svg")
+
+
+@pytest.mark.parametrize(("half", "code"), [(0.5, 0), (0.9, 1)])
+def test_a_condition_is_balanced_over_two_others_and_its_picture_drawn(
+    half: float, code: int, serve: Callable[..., ScriptedServer], files: list[str], tmp_path: Path
+) -> None:
+    server = serve(READY, READY, JUDGE, QUEUED, DONE, answer(**report_on_a_balance(half=half)))
+
+    ended = debias_condition.main([*files, "--halves", "one", "seven", "--picture", str(tmp_path / "picture.svg")])
+
+    (body,) = bodies(server, "debias")
+    request = DebiasRequest.model_validate(body).decided(METHODS_OF_FAMILY["stable-diffusion"])
+    check_conditions(request, {"family": "stable-diffusion"})
+    assert {name for name, share in request.target_distribution.items() if share == 0.5} == {"1", "7"}
+    assert ended == code
+    assert {"asked for", "before", "after", "nothing"} <= words(tmp_path / "picture.svg")
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--concept", "one"], ["--instead", "zero"]], ids=["what stands in is forgotten", "the same"]
+)
+def test_a_concept_does_not_take_its_own_place(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        forget_concept.main(wrong)
+
+
+def test_a_digit_is_not_balanced_over_itself() -> None:
+    with pytest.raises(SystemExit):
+        debias_condition.main(["--halves", "three", "eight"])
+
+
+def test_what_samples_show_is_drawn_for_each_replacement(tmp_path: Path) -> None:
+    reports = {"one": report_on_a_condition(shown=1.0), "another": report_on_a_condition(shown=0.5)}
+
+    pictures.save_shown(reports, tmp_path / "picture.svg")
+
+    assert {"before", "one", "another", "what was forgotten", "100.0 %"} <= words(tmp_path / "picture.svg")
+
+
+@pytest.mark.parametrize("about", ["a condition", "a balance"])
+def test_a_report_on_a_condition_is_drawn_from_its_file(about: str, tmp_path: Path) -> None:
+    told = report_on_a_condition(shown=0.5) if about == "a condition" else report_on_a_balance(half=0.5)
+    (tmp_path / "report.json").write_text(json.dumps(told))
+
+    pictures.main(str(tmp_path / "report.json"), str(tmp_path / "picture.svg"))
+
+    assert {"before", "after", "asked for"} <= words(tmp_path / "picture.svg")
+
+
 def test_the_bodies_in_the_how_tos_are_bodies_that_the_service_takes() -> None:
     kinds = {"CHECKPOINT": "ckpt", "CLASSIFIER": "clf", "PHOTOS": "imgs", "IMAGES": "imgs"}
     models = {"forget": ForgetRequest, "debias": DebiasRequest}
-    methods = {}
+    methods: dict[str, list[str | None]] = {}
     for page in sorted(DOCS.glob("howto-*.md")):
         for kind, text in POSTED.findall(page.read_text()):
             body = re.sub(r"\$(\w+)", lambda name: f"{kinds[name[1]]}_{HEX}", text)
-            known = METHODS_OF_FAMILY["vae" if page.stem.endswith("-vae") else "class-prior"]
-            methods[page.stem] = models[kind].model_validate_json(body).decided(known).method
+            family = family_of(page.stem, body)
+            request = models[kind].model_validate_json(body).decided(METHODS_OF_FAMILY[family])
+            if family in CONDITIONAL:
+                check_conditions(request, {"family": family, "architecture": {"n_classes": 10}})
+            methods.setdefault(page.stem, []).append(request.method)
 
     assert methods == {
-        "howto-debias": "steering",
-        "howto-forget-a-class": "class-taming",
-        "howto-forget-a-class-of-a-vae": "selective-amnesia",
-        "howto-forget-a-person": "flow-taming",
-        "howto-lower-an-attribute": "steering",
+        "howto-choose-a-replacement": ["selective-amnesia"],
+        "howto-debias": ["steering", "selective-amnesia"],
+        "howto-forget-a-class": ["class-taming"],
+        "howto-forget-a-class-of-a-conditional-model": ["selective-amnesia"],
+        "howto-forget-a-concept": ["selective-amnesia"],
+        "howto-forget-a-person": ["flow-taming"],
+        "howto-lower-an-attribute": ["steering"],
     }
+
+
+def family_of(page: str, body: str) -> str:
+    """The family of the checkpoint that an example is about."""
+    if '"concept"' in body:
+        return "stable-diffusion"
+    return (
+        "vae"
+        if page in ("howto-choose-a-replacement", "howto-forget-a-class-of-a-conditional-model")
+        else "class-prior"
+    )
 
 
 def test_the_flow_in_the_how_to_is_tamed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
