@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.amnesia import Bench, Figures, Run, summary
+from benchmarks.amnesia_vae import Bench, Figures, Run, summary
 from examples.digits import DigitClassifier
 from models.vae import ConditionalVAE
 from unlearning import AmnesiaParameters
