@@ -77,8 +77,10 @@ class Sampling:
 class StratifiedConditional(ConditionalModel, Protocol):
     """A conditional model that can spread the draws of one example over what it sums over, as over timesteps."""
 
-    terms: int
-    """How many terms the loss is a sum over, of which a draw is one: the number of timesteps."""
+    @property
+    def terms(self) -> int:
+        """How many terms the loss is a sum over, of which a draw is one: the number of timesteps."""
+        ...
 
     def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
         """n draws of one example, one in each of n equal parts of the range: its timesteps, each once where n is their

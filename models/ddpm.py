@@ -8,17 +8,18 @@ Ho et al., "Denoising Diffusion Probabilistic Models" (2020); Ho and Salimans, "
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from models.architecture import check_halvings, check_image, check_ranges
-from models.conditional import NO_CONDITION, Draws, Sampling
-from models.diffusion import KNOWN, Diffusion, check_sampling, guided
+from models.conditional import NO_CONDITION, Sampling
+from models.diffusion import KNOWN, Diffusion, Predict, guided
 from models.errors import ArchitectureError, ImageError
-from models.vae import ConditionError, InputError
+from models.guided_diffusion import GuidedDiffusion
+from models.vae import ConditionError
 
 __all__ = ["ClassDDPM"]
 
@@ -32,7 +33,7 @@ DRAWN_VALUES = {"cpu": 2**18, "cuda": 2**26}
 """Values of the first layer's output of all images that are drawn at once: what is fast on a CPU, and bounds memory."""
 
 
-class ClassDDPM(nn.Module):
+class ClassDDPM(GuidedDiffusion):
     """p(x | c) by its reverse process: eps(x_t, t, c) is the noise in x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps.
 
     The loss of a row is || eps - eps(x_t, t, c) ||^2, summed over the values of the image, at the timestep and the
@@ -90,7 +91,6 @@ class ClassDDPM(nn.Module):
         )  # fmt: skip
         check_halvings(image_shape, len(channels) - 1)
         self.diffusion = Diffusion(_checked_scheduler(scheduler))
-        self.terms = self.diffusion.terms
         self.sampling = _read_sampling({"steps": min(25, self.terms), "guidance_scale": 2.0} | dict(sampling or {}))
         self.unet = _unet(self.image_shape, n_classes, self._sizes)
         if torch.empty(0).device.type != "meta":
@@ -105,16 +105,6 @@ class ClassDDPM(nn.Module):
             "scheduler": dict(self.diffusion.config),
             "sampling": asdict(self.sampling),
         }
-
-    @property
-    def sampling(self) -> Sampling:
-        """How it draws; may be set, to what this number of timesteps allows."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, value: Sampling) -> None:
-        check_sampling(value, self.terms)
-        self._sampling = value
 
     @property
     def null_condition(self) -> Tensor:
@@ -150,44 +140,6 @@ class ClassDDPM(nn.Module):
         images: Tensor = (levels * 255 / top).round().to(torch.uint8)
         return images
 
-    def draw(self, n: int, *, generator: torch.Generator) -> Draws:
-        """What n estimates are random by, on the CPU: timesteps int64 (n,) and noise float32 (n, c, h, w)."""
-        return self.diffusion.draw(n, self.image_shape, generator=generator)
-
-    def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
-        """As `draw`, with a timestep in each of n equal parts of the range: all, once each, where n is `terms`."""
-        return self.diffusion.draw_stratified(n, self.image_shape, generator=generator)
-
-    def losses(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The squared error of each row, summed over the values of the image, from one timestep and one noise.
-
-        Args:
-            x: (n, c, h, w), see `encode`; surrogates such as uniform noise are welcome.
-            condition: class labels, int64 (n,) from 0, `NO_CONDITION` for none.
-            draws: (timesteps, noise) of n rows, see `draw`.
-
-        Returns:
-            (n,) float32; differentiable in the weights and in x.
-
-        Raises:
-            InputError: a shape does not fit, or a timestep is none.
-            ConditionError: a label is none of the model's.
-        """
-        steps, noise = self._checked_draws(x, draws)
-        return _errors(self._answered(x, condition, draws), self.diffusion.target(x, steps, noise))
-
-    def imitation(self, teacher: Self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The squared error of each row against what another DDPM answers there; else as `losses`."""
-        with torch.no_grad():
-            wanted = teacher._answered(x, condition, draws)
-        return _errors(self._answered(x, condition, draws), wanted)
-
-    def _answered(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The network's answers at these timesteps and noises, (n, c, h, w) float32."""
-        steps, noise = self._checked_draws(x, draws)
-        answer: Tensor = self._answer(self.diffusion.noised(x, steps, noise), steps, self._rows(condition, x)).float()
-        return answer
-
     @torch.no_grad()
     def generate(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw an x of each condition, by DDIM under guidance as `sampling` says.
@@ -220,6 +172,19 @@ class ClassDDPM(nn.Module):
         """Names of what can be trained: all of it."""
         return {"all": [name for name, _ in self.named_parameters()]}
 
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        return self.image_shape
+
+    def _told(self, condition: Tensor, x: Tensor) -> Predict:
+        rows = self._rows(condition, x)
+        return lambda noised, steps: self._answer(noised, steps, rows)
+
+    def _joined(self, errors: Tensor) -> Tensor:
+        total: Tensor = errors.flatten(1).sum(dim=1)
+        return total
+
     def _answer(self, x: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
         """What the network says of x_t (n, c, h, w) at timesteps (n,), with rows (n,) of the class embedding."""
         answer: Tensor = self.unet(x, steps, class_labels=rows, return_dict=False)[0]
@@ -239,30 +204,11 @@ class ClassDDPM(nn.Module):
             )
         return condition.masked_fill(none, self.n_classes).to(like.device)
 
-    def _checked_draws(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        if tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            raise InputError(
-                f"x is a float tensor (n, {', '.join(map(str, self.image_shape))}), not {x.dtype} {tuple(x.shape)}"
-            )
-        if len(draws) != 2 or draws[0].shape != x.shape[:1] or draws[1].shape != x.shape:
-            shapes = [tuple(part.shape) for part in draws]
-            raise InputError(f"draws are timesteps ({len(x)},) and noise {tuple(x.shape)}, see `draw`, not {shapes}")
-        steps, noise = draws[0].to(x.device), draws[1].to(x.device)
-        if steps.dtype != torch.int64 or bool(((steps < 0) | (steps >= self.terms)).any()):
-            raise InputError(f"timesteps are whole numbers (int64) from 0 to {self.terms - 1}; `draw` draws them")
-        return steps, noise
-
     def _at_once(self) -> int:
         """How many images are drawn together."""
         _, height, width = self.image_shape
         most = DRAWN_VALUES.get(next(self.parameters()).device.type, DRAWN_VALUES["cpu"])
         return max(1, most // (height * width * int(self._sizes["channels"][0])))
-
-
-def _errors(answer: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error of each row, summed over the values of the image, (n,)."""
-    errors: Tensor = (answer - wanted).square().flatten(1).sum(dim=1)
-    return errors
 
 
 def _checked_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:

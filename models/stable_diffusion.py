@@ -10,15 +10,16 @@ prompt (`told`), what it is called with (`answer`), and which of its weights a s
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from models.architecture import check_image
-from models.conditional import Draws, Sampling
-from models.diffusion import KNOWN, Diffusion, check_sampling, guided
+from models.conditional import Sampling
+from models.diffusion import KNOWN, Diffusion, Predict, check_sampling, guided
 from models.errors import ArchitectureError, ImageError
+from models.guided_diffusion import GuidedDiffusion
 from models.prompt_embeddings import Embeddings
 from models.prompt_tokens import PromptTokenizer
 from models.stable_diffusion_parts import (
@@ -32,7 +33,7 @@ from models.stable_diffusion_parts import (
     vae_of,
 )
 from models.tensor_files import quoted
-from models.vae import ConditionError, InputError
+from models.vae import ConditionError
 
 __all__ = ["SAMPLING", "SCOPES", "StableDiffusion"]
 
@@ -57,7 +58,7 @@ SCOPES: dict[str, Callable[[str], bool]] = {
 """Which parameters can be trained: of the U-Net alone. Text encoder and VAE are as they came."""
 
 
-class StableDiffusion(nn.Module):
+class StableDiffusion(GuidedDiffusion):
     """p(x | prompt) over latents x of a VAE: a U-Net tells the noise in x_t from x_t, t and the prompt's embedding.
 
     The loss of a row is the MEAN over the latent's elements of (answer - target)^2, where the target is the noise, the
@@ -109,7 +110,6 @@ class StableDiffusion(nn.Module):
         if not isinstance(scheduler, Mapping) or (odd := sorted(map(str, scheduler.keys() - KNOWN.keys()))):
             raise ArchitectureError(f"the scheduler's configuration has unknown fields {quoted(odd)}; leave them out")
         self.diffusion = Diffusion(scheduler)
-        self.terms = self.diffusion.terms
         self.sampling = _read_sampling(
             SAMPLING | {"steps": min(SAMPLING["steps"], self.terms)} | dict(sampling or {}), self.terms
         )
@@ -142,16 +142,6 @@ class StableDiffusion(nn.Module):
         }
 
     @property
-    def sampling(self) -> Sampling:
-        """How it draws; may be set, to what this number of timesteps allows."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, value: Sampling) -> None:
-        check_sampling(value, self.terms)
-        self._sampling = value
-
-    @property
     def null_condition(self) -> Tensor:
         """The tokens of the empty prompt, int64 (tokens,): the condition of p(x)."""
         return self.tokenizer.empty
@@ -172,43 +162,6 @@ class StableDiffusion(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Keep the inputs of the U-Net's blocks alone, and compute the rest anew: less memory, equal gradients."""
         self.unet.enable_gradient_checkpointing()
-
-    def draw(self, n: int, *, generator: torch.Generator) -> Draws:
-        """What n estimates are random by, on the CPU: timesteps int64 (n,) and noise float32 (n, *latent_shape)."""
-        return self.diffusion.draw(n, self.latent_shape, generator=generator)
-
-    def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
-        """As `draw`, with a timestep in each of n equal parts of the range: all, once each, where n is `terms`."""
-        return self.diffusion.draw_stratified(n, self.latent_shape, generator=generator)
-
-    def losses(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The squared error of each row, the mean over the latent's elements, at the timestep and noise passed.
-
-        Args:
-            x: latents (n, *latent_shape), see `encode`; surrogates such as uniform noise are welcome.
-            condition: token ids, int64 (n, tokens), see `tokens`.
-            draws: (timesteps, noise) of n rows, see `draw`.
-
-        Returns:
-            (n,) float32; differentiable in the U-Net's weights and in x.
-
-        Raises:
-            InputError: a shape does not fit, or a timestep is none.
-            ConditionError: the conditions are no rows of token ids.
-        """
-        steps, noise = self._checked_draws(x, draws)
-        return _errors(self._answered(x, condition, draws), self.diffusion.target(x, steps, noise))
-
-    def imitation(self, teacher: Self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The squared error of each row against what another pipeline of this kind answers there; else as `losses`."""
-        with torch.no_grad():
-            wanted = teacher._answered(x, condition, draws)
-        return _errors(self._answered(x, condition, draws), wanted)
-
-    def _answered(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
-        """The U-Net's answers at these timesteps and noises, (n, *latent_shape) float32."""
-        steps, noise = self._checked_draws(x, draws)
-        return self.answer(self.diffusion.noised(x, steps, noise), steps, self.told(condition, len(x))).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -301,6 +254,19 @@ class StableDiffusion(nn.Module):
         answer: Tensor = self.unet(x, steps, encoder_hidden_states=told).sample
         return answer
 
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of a latent."""
+        return self.latent_shape
+
+    def _told(self, condition: Tensor, x: Tensor) -> Predict:
+        told = self.told(condition, len(x))
+        return lambda noised, steps: self.answer(noised, steps, told)
+
+    def _joined(self, errors: Tensor) -> Tensor:
+        mean: Tensor = errors.flatten(1).mean(dim=1)
+        return mean
+
     @torch.no_grad()
     def _embedded(self, row: Tensor) -> Tensor:
         with self._exactly():
@@ -330,23 +296,6 @@ class StableDiffusion(nn.Module):
     @property
     def _vae_rows(self) -> int:
         return max(1, min(MOST_ROWS, VAE_PIXELS // self.image_shape[1] ** 2))
-
-    def _checked_draws(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        if x.shape[1:] != self.latent_shape or not x.is_floating_point():
-            raise InputError(f"x is a float tensor (n, {self.latent_shape}), not {x.dtype} {tuple(x.shape)}")
-        if len(draws) != 2 or draws[0].shape != x.shape[:1] or draws[1].shape != x.shape:
-            shapes = [tuple(part.shape) for part in draws]
-            raise InputError(f"draws are timesteps ({len(x)},) and noise {tuple(x.shape)}, see `draw`, not {shapes}")
-        steps, noise = draws
-        if steps.dtype != torch.int64 or bool(((steps < 0) | (steps >= self.terms)).any()):
-            raise InputError(f"timesteps are whole numbers from 0 to {self.terms - 1}")
-        return steps.to(x.device), noise.to(x.device)
-
-
-def _errors(answer: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error of each row, averaged over the latent's values, (n,)."""
-    errors: Tensor = (answer - wanted).square().flatten(1).mean(dim=1)
-    return errors
 
 
 def _forget_caches(model: nn.Module, _: object) -> None:
