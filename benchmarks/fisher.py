@@ -194,6 +194,11 @@ class SmallDiffusion(nn.Module):
         """(timesteps, noise), independent."""
         return torch.randint(self.steps, (n,), generator=generator), self._noise(n, generator)
 
+    @property
+    def terms(self) -> int:
+        """Timesteps, all of which the loss is a sum over."""
+        return self.steps
+
     def draw_stratified(self, n: int, *, generator: torch.Generator) -> Draws:
         """(timesteps, noise), one timestep in each nth of their range."""
         t = (torch.arange(n, dtype=torch.float64) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
