@@ -23,6 +23,7 @@ __all__ = [
     "Classifier",
     "FlowClassifier",
     "TrainedClassifier",
+    "check_accuracy",
     "check_size",
     "train_classifier",
 ]
@@ -188,7 +189,7 @@ def train_classifier(
     guesses = scores.argmax(1)
     hits = [float((guesses[labels == i] == i).double().mean()) for i in range(len(classes))]
     accuracy = _balanced(hits, list(sizes.values()), confidence)
-    _check_accuracy(accuracy, len(classes), name)
+    check_accuracy(accuracy, len(classes), name)
     return TrainedClassifier(
         name=name,
         classes=classes,
@@ -233,7 +234,7 @@ def _check_sets(sets: Mapping[str, Tensor]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_accuracy(accuracy: Fraction, classes: int, name: str) -> None:
+def check_accuracy(accuracy: Fraction, classes: int, name: str) -> None:
     """A judge must do better than chance beyond doubt; else say how many images would show whether it does."""
     chance = 1 / classes
     if accuracy.low > chance:

@@ -13,7 +13,6 @@ from markupsafe import Markup, escape
 from pydantic import JsonValue
 
 from evidence.amnesia_schema import AmnesiaReport, ConditionReport
-from evidence.plots import curves_svg, density_svg, histograms_svg, losses_svg, qq_svg
 from evidence.records import SetKey
 from evidence.schema import Document, Interval, Report, SteeringReport
 
@@ -51,6 +50,9 @@ def render_html(report: Document, *, sample_grid_png: bytes | None = None) -> st
         report: what to show; `from_json` of a stored file gives the same page.
         sample_grid_png: opt-in picture of samples before and after (`evidence.pictures.sample_grid`).
     """
+    # Later: matplotlib is a tenth of what a job loads before it begins, and nothing is drawn before it ends.
+    from evidence.plots import curves_svg, density_svg, histograms_svg, losses_svg, qq_svg
+
     template, figures = "report.html.j2", dict[str, str | None]()
     if isinstance(report, SteeringReport):
         template = "steering_report.html.j2"

@@ -32,8 +32,23 @@ def test_it_tells_clear_and_faint_ones(judge):
     assert (judge(faint) == labels).double().mean() > 0.85
 
 
-def test_it_is_undecided_where_nothing_is_left(judge):
-    nothing = faded(drawn(200, 21)[0], torch.Generator().manual_seed(5), faintest=0.0, clearest=0.0)
+def uniform(n):
+    """Noise over the whole range of a pixel: what a diffusion model has learnt to draw."""
+    shape = (n, *drawn(1, 21)[0].shape[1:])
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(6)).to(torch.uint8)
+
+
+def grey_grain(n):
+    return faded(drawn(n, 21)[0], torch.Generator().manual_seed(5), faintest=0.0, clearest=0.0)
+
+
+def black_and_white(n):
+    return (uniform(n) > 127).to(torch.uint8) * 255
+
+
+@pytest.mark.parametrize("noise", [grey_grain, uniform, black_and_white])
+def test_it_is_undecided_where_nothing_is_left(judge, noise):
+    nothing = noise(200)
 
     blank, clear = (read(judge, some).probabilities for some in (nothing, drawn(200, 31)[0]))
     entropy = [float(-torch.xlogy(one, one).sum(1).mean()) for one in (blank, clear)]
@@ -50,11 +65,11 @@ def test_its_accuracy_is_that_on_samples_it_did_not_learn_from(judge):
 
 
 def test_classes_that_look_alike_are_refused():
-    images = torch.cat([grey(100, 90, 1), grey(100, 90, 2)])
+    images, fresh = (torch.cat([grey(100, 90, seed), grey(100, 90, seed + 1)]) for seed in (1, 11))
     labels = torch.arange(2).repeat_interleave(100)
 
     with pytest.raises(InsufficientEvidenceError, match="chance"):
-        train_on_samples(images, labels, (images, labels), NAMES, seed=3, name="own")
+        train_on_samples(images, labels, (fresh, labels), NAMES, seed=3, name="own")
 
 
 def test_fading_keeps_within_the_contrast_that_is_asked_for():
