@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from examples.cache import cached, kept_weights
 from examples.captioned_training import (
     SCHEDULER,
     PartProgress,
@@ -43,7 +43,6 @@ from examples.digits import (
     DigitClassifier,
     Digits,
     accuracy,
-    cached,
     digit_classifier,
     export_onnx,
     load_digits,
@@ -184,13 +183,8 @@ def judge(
         return _of_three_channels(digit_classifier(cache_dir, IMAGE_SIZE, opinion or CLASSIFIER_RECIPE))
     opinion = opinion or TINY_JUDGE
     path = cached("captioned-judge", [asdict(opinion), recipe.image_size, recipe.digits, HELD_OUT], cache_dir)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(train_classifier(_grey(recipe), opinion).state_dict(), part)
-        part.replace(path)
     model = DigitClassifier(recipe.image_size)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(kept_weights(path, lambda: train_classifier(_grey(recipe), opinion)))
     return _of_three_channels(model.eval())
 
 

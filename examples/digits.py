@@ -10,7 +10,6 @@ and reduced to 16 x 16, at which a flow that draws digits is trained in minutes.
 
 import argparse
 import gzip
-import hashlib
 import importlib.util
 import json
 import sys
@@ -22,13 +21,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.orl import default_cache
+from examples.cache import cached, kept_checkpoint, kept_weights, opened
+from examples.without_digits import without_digits
 from models.augmentation import augment
-from models.checkpoints import Manifest, load_checkpoint, save_checkpoint
-from models.errors import ImageError, ModelError
+from models.checkpoints import Manifest, save_checkpoint
+from models.errors import ImageError
 from models.glow import Glow
 from models.images import dequantize, quantize, save_png, to_uint8
 from models.training import TrainingProgress, TrainingRecipe, bits_per_dim, fit_flow
@@ -75,7 +74,7 @@ class ScepticRecipe(ClassifierRecipe):
     """
 
     nothing: int = 64
-    """Images without a digit in each step, beside the batch; see `without_digits`."""
+    """Images without a digit in each step, beside the batch; see `examples.without_digits`."""
     faintest: float = 0.1
     """Digits fade into a random grey, down to this contrast: a faint one is still there, and is to be told."""
 
@@ -195,43 +194,13 @@ def train_classifier(digits: Digits, recipe: ClassifierRecipe = CLASSIFIER_RECIP
     return model.eval()
 
 
-def without_digits(images: Tensor, generator: torch.Generator) -> Tensor:
-    """As many images of no digit: grey noise of any level, contrast and grain, and the pixels of the images, shuffled.
-
-    Args:
-        images: uint8 (n, 1, side, side).
-        generator: draws them.
-
-    Returns:
-        uint8 (n, 1, side, side).
-    """
-    n, side = len(images), images.shape[-1]
-    level = torch.rand(n, 1, 1, 1, generator=generator)
-    contrast = torch.rand(n, 1, 1, 1, generator=generator) * 0.5
-    grains = []
-    for grain in (1, 2, 4, 7):
-        coarse = torch.randn(n, 1, -(-side // grain), -(-side // grain), generator=generator)
-        grains.append(F.interpolate(coarse, scale_factor=grain, mode="bilinear")[..., :side, :side])
-    picked = torch.stack(grains, 1)[torch.arange(n), torch.randint(len(grains), (n,), generator=generator)]
-    noise = ((level + contrast * picked).clamp(0, 1) * 255).round().to(torch.uint8)
-    order = torch.rand(n, side * side, generator=generator).argsort(1)
-    shuffled = images.flatten(1).gather(1, order).reshape(images.shape)
-    return torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.25, shuffled, noise)
-
-
 def digit_classifier(
     cache_dir: Path | None = None, image_size: int = IMAGE_SIZE, recipe: ClassifierRecipe = CLASSIFIER_RECIPE
 ) -> DigitClassifier:
     """The trained classifier, from the cache or trained now (a minute) and kept there."""
     path = cached("digit-classifier", [asdict(recipe), image_size, HELD_OUT], cache_dir)
     model = DigitClassifier(image_size)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model = train_classifier(load_digits(image_size), recipe)
-        part = path.with_suffix(".part")
-        save_file(model.state_dict(), part)
-        part.replace(path)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(kept_weights(path, lambda: train_classifier(load_digits(image_size), recipe)))
     return model.eval()
 
 
@@ -298,14 +267,7 @@ def digit_base(
     callback: Callable[[TrainingProgress], None] | None = None,
 ) -> Glow:
     """The trained Glow, from the cache or trained now (minutes) and kept there."""
-    path = base_path(cache_dir, recipe)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_base(path, recipe, callback)
-    flow = load_checkpoint(path)
-    if not isinstance(flow, Glow):
-        raise ModelError(f"{path} holds no Glow; delete it and run again")
-    return flow
+    return kept_checkpoint(base_path(cache_dir, recipe), Glow, lambda path: save_base(path, recipe, callback))
 
 
 def save_base(
@@ -380,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out or base_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest = save_base(path, callback=show)
-    flow = cast(Glow, load_checkpoint(path))
+    flow = opened(path, Glow)
     figures = {key: value for key, value in manifest.extra.items() if key.startswith("bits")}
     print(json.dumps({"path": str(path), **figures, **sample_figures(flow, classifier)}))
     return 0
@@ -395,12 +357,6 @@ def _reset(model: nn.Module, generator: torch.Generator) -> None:
             module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * (2 / fan) ** 0.5)
             if module.bias is not None:
                 module.bias.zero_()
-
-
-def cached(name: str, facts: list[Any], cache_dir: Path | None) -> Path:
-    """Where what these facts make is kept; other facts have another file."""
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return (cache_dir or default_cache()) / f"{name}-{key}.safetensors"
 
 
 def _wheel_file() -> Path:

@@ -6,6 +6,7 @@ exact here at about the arithmetic of one pass, since units are sorted by what t
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -203,7 +204,7 @@ class _Implicit(torch.autograd.Function):
         return ctx.transposed(gradient), None
 
 
-class _Autoregressive(nn.Module):
+class _Autoregressive(nn.Module, ABC):
     """What both flows share: an image read pixel by pixel in raster order, a norm, and layers of alternating order.
 
     Args:
@@ -245,13 +246,13 @@ class _Autoregressive(nn.Module):
             for layer in self._masked_layers():
                 layer.net.reset(generator)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b, c, h, w) or (b, d) to standard normal latents (b, d), and log|det| (b,) in nats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse(self, latents: Tensor) -> Tensor:
         """Standard normal latents (b, d) back to x."""
-        raise NotImplementedError
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), (b,) nats; images (b, c, h, w) in [-0.5, 0.5), or vectors (b, d)."""

@@ -3,6 +3,7 @@
 A new architecture derives from `GuidedDiffusion` and says what its network answers under a condition.
 """
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
@@ -15,7 +16,7 @@ from models.vae import InputError
 __all__ = ["GuidedDiffusion"]
 
 
-class GuidedDiffusion(nn.Module):
+class GuidedDiffusion(nn.Module, ABC):
     """The part of `models.conditional.GuidedConditional` that no network changes; a model sets `diffusion` first."""
 
     diffusion: Diffusion
@@ -36,9 +37,9 @@ class GuidedDiffusion(nn.Module):
         self._sampling = value
 
     @property
+    @abstractmethod
     def x_shape(self) -> tuple[int, ...]:
         """Of one x: an image, or a latent."""
-        raise NotImplementedError
 
     def draw(self, n: int, *, generator: torch.Generator) -> Draws:
         """What n estimates are random by, on the CPU: timesteps int64 (n,) and noise float32 (n, *x_shape)."""
@@ -72,13 +73,13 @@ class GuidedDiffusion(nn.Module):
             wanted = teacher._answered(x, condition, draws)
         return self._joined((self._answered(x, condition, draws) - wanted).square())
 
+    @abstractmethod
     def _told(self, condition: Tensor, x: Tensor) -> Predict:
         """What the network answers for rows of x_t under these conditions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _joined(self, errors: Tensor) -> Tensor:
         """The loss of each row, (n,), of its squared errors (n, *x_shape)."""
-        raise NotImplementedError
 
     def _answered(self, x: Tensor, condition: Tensor, draws: Draws) -> Tensor:
         """The network's answers at these timesteps and noises, (n, *x_shape) float32."""

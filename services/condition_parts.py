@@ -17,7 +17,7 @@ from services.request_names import (
     named_once,
     plain,
 )
-from services.request_parts import Judge
+from services.request_parts import Judge, exactly_one, shown_apart
 
 __all__ = ["ConceptJudge", "Condition", "Remember", "Replacement", "Shown"]
 
@@ -51,8 +51,7 @@ class Remember(Part):
     @classmethod
     def _each_set_once(cls, value: dict[str, str] | None) -> dict[str, str] | None:
         named_once(list(value or {}))
-        if value is not None and len(set(value.values())) < len(value):
-            raise ValueError("two concepts have the same image set; send each its own")
+        shown_apart("two concepts have the same image set; send each its own", value)
         return value
 
     @field_validator("generated")
@@ -69,8 +68,8 @@ class Remember(Part):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Remember:
-        if sum(given is not None for given in (self.images, self.sets, self.generated)) != 1:
-            raise ValueError("give one of images, generated (with concepts, of a model of prompts) and sets")
+        sentence = "give one of images, generated (with concepts, of a model of prompts) and sets"
+        exactly_one(sentence, self.images, self.sets, self.generated)
         return self
 
     @property
@@ -94,8 +93,7 @@ class Shown(Part):
 
     @model_validator(mode="after")
     def _one_condition(self) -> Shown:
-        if (self.class_label is None) == (self.concept is None):
-            raise ValueError("give either class_label or concept")
+        exactly_one("give either class_label or concept", self.class_label, self.concept)
         return self
 
     @property
@@ -126,8 +124,8 @@ class Replacement(Part):
 
     @model_validator(mode="after")
     def _one_replacement(self) -> Replacement:
-        if sum(given is not None for given in (self.class_label, self.concept, self.images)) != 1:
-            raise ValueError('give one of class_label, concept and images, or "noise", or "others"')
+        sentence = 'give one of class_label, concept and images, or "noise", or "others"'
+        exactly_one(sentence, self.class_label, self.concept, self.images)
         return self
 
 

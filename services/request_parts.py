@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -31,6 +32,8 @@ __all__ = [
     "OwnClassesJudge",
     "SampleEvaluation",
     "Target",
+    "exactly_one",
+    "shown_apart",
     "small_metadata",
     "sums_to_one",
 ]
@@ -59,15 +62,13 @@ class Judge(Part):
 
     @model_validator(mode="after")
     def _one_judge(self) -> Judge:
-        if (self.classifier is None) == (self.sets is None):
-            raise ValueError('give either "classifier" or "sets"')
+        exactly_one('give either "classifier" or "sets"', self.classifier, self.sets)
         return self
 
     @field_validator("sets")
     @classmethod
     def _each_set_once(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if value is not None and len(set(value.values())) < len(value):
-            raise ValueError("two classes have the same image set; an image shows one class of an attribute")
+        shown_apart("two classes have the same image set; an image shows one class of an attribute", value)
         return value
 
     def image_sets(self, pointer: str) -> dict[str, str]:
@@ -86,8 +87,8 @@ class OwnClassesJudge(Judge):
 
     @model_validator(mode="after")
     def _one_judge(self) -> OwnClassesJudge:
-        if sum((self.classifier is not None, self.sets is not None, self.classes is True)) != 1:
-            raise ValueError('give one of "classifier", "sets" and "classes": true')
+        own = self.classes or None  # false is no judge
+        exactly_one('give one of "classifier", "sets" and "classes": true', self.classifier, self.sets, own)
         return self
 
 
@@ -100,8 +101,7 @@ class Attribute(Judge):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Attribute:
-        if (self.at_most is None) == (self.at_least is None):
-            raise ValueError("give either at_most or at_least")
+        exactly_one("give either at_most or at_least", self.at_most, self.at_least)
         if self.sets is not None and self.name not in self.sets:
             raise ValueError(f'"class" is none of the sets; they are: {", ".join(self.sets)}')
         return self
@@ -140,13 +140,12 @@ class Target(Part):
 
     @model_validator(mode="after")
     def _one_target(self) -> Target:
-        alone = sum(given is not None for given in (self.images, self.attributes, self.concept))
+        beside = (self.images, self.attributes, self.concept)
         if self.class_label is None:
-            if alone != 1:
-                raise ValueError('give one of "images", "attributes", "class_label" and "concept"')
+            exactly_one('give one of "images", "attributes", "class_label" and "concept"', *beside)
             if self.where is not None:
                 raise ValueError('"where" goes with a class_label')
-        elif alone and (alone > 1 or self.images is None or self.at_prior):
+        elif any(beside[1:]) or (self.images is not None and self.at_prior):
             raise ValueError('a class_label stands alone, or in the weights with "images" of that class')
         return self
 
@@ -225,6 +224,18 @@ class EvaluationRequest(SampleEvaluation):
     """What the report measures beyond the forget and remember sets."""
 
     same_identity: Images | None = Field(None, description="other images of what is forgotten (D'_F)")
+
+
+def exactly_one(sentence: str, *given: object) -> None:
+    """Refuse, in these words, a part that names none of what excludes each other, or more than one."""
+    if sum(one is not None for one in given) != 1:
+        raise ValueError(sentence)
+
+
+def shown_apart(sentence: str, sets: Mapping[str, str] | None) -> None:
+    """Refuse, in these words, image sets by what they show of which two are the same."""
+    if sets is not None and len(set(sets.values())) < len(sets):
+        raise ValueError(sentence)
 
 
 def small_metadata(value: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, cast
 
@@ -75,7 +76,7 @@ def _nothing() -> Any:
     return {}
 
 
-class JobRequest(Part):
+class JobRequest(Part, ABC):
     """What the bodies of all jobs have in common.
 
     A body adds what it asks for, then ``method`` and ``parameters``, in this order: each is judged by those before it,
@@ -96,9 +97,9 @@ class JobRequest(Part):
     _metadata = field_validator("metadata")(small_metadata)
 
     @classmethod
+    @abstractmethod
     def _fitting(cls, given: dict[str, Any]) -> tuple[tuple[Method, ...], str] | None:
         """The methods for what is asked, from the fields before ``method``, and what that is; None: they are wrong."""
-        raise NotImplementedError
 
     @field_validator("method", check_fields=False)
     @classmethod
@@ -134,9 +135,9 @@ class JobRequest(Part):
         changes = {"method": method, "parameters": decided_options(method, getattr(self, "parameters"))}  # noqa: B009
         return self.model_copy(update=changes | (self._amnesia_defaults() if method == AMNESIA else {}))
 
+    @abstractmethod
     def _amnesia_defaults(self) -> dict[str, Any]:
         """What selective-amnesia assumes where nothing is said, by member."""
-        raise NotImplementedError
 
     def _criteria_with(self, **defaults: float) -> Criteria:
         left_out = {name: value for name, value in defaults.items() if getattr(self.criteria, name) is None}
@@ -151,13 +152,13 @@ class JobRequest(Part):
                 sets[f"/evaluation/{role}/images"] = images.images
         return sets
 
+    @abstractmethod
     def subjects(self) -> dict[str, str]:
         """The image sets that say what is to be changed, by JSON pointer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judges(self) -> dict[str, Judge]:
         """Who says what an image shows, by JSON pointer."""
-        raise NotImplementedError
 
     def stored(self) -> dict[str, Any]:
         """The request as it is kept with the job: as it came, with defaults."""

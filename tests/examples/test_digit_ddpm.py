@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from examples.digit_ddpm import ARCHITECTURE, RECIPE, SHAPE, base_path, digit_ddpm, load, sample_figures
+from examples.digit_ddpm import ARCHITECTURE, DDPM, RECIPE, SHAPE, digit_ddpm, load, sample_figures
 from examples.digits import DigitClassifier
 from models.checkpoints import read_manifest
 from models.ddpm import ClassDDPM
@@ -25,14 +25,14 @@ def test_the_digits_are_small_and_evenly_split() -> None:
 
 def test_a_base_is_trained_once_and_kept_under_its_recipe(tmp_path: Path) -> None:
     first = digit_ddpm(tmp_path, MOMENT)
-    written = base_path(tmp_path, MOMENT).stat().st_mtime_ns
+    written = DDPM.path(tmp_path, MOMENT).stat().st_mtime_ns
 
     again = digit_ddpm(tmp_path, MOMENT)
 
-    assert base_path(tmp_path, MOMENT).stat().st_mtime_ns == written
-    assert base_path(tmp_path, MOMENT) != base_path(tmp_path, replace(MOMENT, steps=4))
+    assert DDPM.path(tmp_path, MOMENT).stat().st_mtime_ns == written
+    assert DDPM.path(tmp_path, MOMENT) != DDPM.path(tmp_path, replace(MOMENT, steps=4))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    extra = read_manifest(base_path(tmp_path, MOMENT)).extra
+    extra = read_manifest(DDPM.path(tmp_path, MOMENT)).extra
     assert 0 < extra["squared_error_per_image_held_out"] < 200
     assert extra["recipe"]["steps"] == 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.digit_vae import ARCHITECTURE, RECIPE, SHAPE, base_path, digit_vae, sample_figures
+from examples.digit_vae import ARCHITECTURE, RECIPE, SHAPE, VAE, digit_vae, sample_figures
 from examples.digits import DigitClassifier
 from models.checkpoints import read_manifest
 from models.vae import ConditionalVAE
@@ -22,14 +22,14 @@ def test_the_base_has_the_papers_sizes() -> None:
 
 def test_a_base_is_trained_once_and_kept_under_its_recipe(tmp_path: Path) -> None:
     first = digit_vae(tmp_path, MOMENT)
-    written = base_path(tmp_path, MOMENT).stat().st_mtime_ns
+    written = VAE.path(tmp_path, MOMENT).stat().st_mtime_ns
 
     again = digit_vae(tmp_path, MOMENT)
 
-    assert base_path(tmp_path, MOMENT).stat().st_mtime_ns == written
-    assert base_path(tmp_path, MOMENT) != base_path(tmp_path, replace(MOMENT, steps=4))
+    assert VAE.path(tmp_path, MOMENT).stat().st_mtime_ns == written
+    assert VAE.path(tmp_path, MOMENT) != VAE.path(tmp_path, replace(MOMENT, steps=4))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    extra = read_manifest(base_path(tmp_path, MOMENT)).extra
+    extra = read_manifest(VAE.path(tmp_path, MOMENT)).extra
     assert 0 < extra["nats_per_image_held_out"] < 1000
     assert extra["recipe"]["steps"] == 3
 

@@ -19,8 +19,8 @@ from examples.digits import (
     accuracy,
     export_onnx,
     load_digits,
-    without_digits,
 )
+from examples.without_digits import without_digits
 from models.errors import ImageError
 
 
