@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.checkpoints import read_manifest
 from worker.process import RUNNER_COMMAND, RunnerProcess, runner_environment
 
 LEASE_SECONDS = 600
@@ -74,6 +75,7 @@ class Jobs:
     def __init__(self, checkpoint: Path, judge: Path, folder: Path, threads: int = 1) -> None:
         self._checkpoint, self._judge, self._folder, self._threads = checkpoint, judge, folder, threads
         self._assets = folder / "assets"
+        self._ahead = ("forget", "selective-amnesia", read_manifest(checkpoint).family)
         self._assets.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, request: Mapping[str, Any]) -> Ran:
@@ -89,7 +91,7 @@ class Jobs:
         folder, job = self._prepared(name, request)
         environment = runner_environment(folder, folder / "cache") | {"OMP_NUM_THREADS": str(self._threads)}
         began = time.monotonic()
-        process = RunnerProcess(RUNNER_COMMAND, folder, environment=environment, ahead=["forget"])
+        process = RunnerProcess(RUNNER_COMMAND, folder, environment=environment, ahead=self._ahead)
         try:
             part = folder / "job.part"
             part.write_text(json.dumps(job))
@@ -135,6 +137,8 @@ class Jobs:
             kind = message["type"]
             if kind == "phase":
                 marks[message["phase"]] = time.monotonic() - began
+            elif kind == "asset" and message["scope"] == "job":
+                (folder / message["path"]).unlink()  # for another attempt, which there is none of
             elif kind == "asset":
                 shutil.copy(folder / message["path"], self._assets / f"{message['name']}.safetensors")
                 made += 1

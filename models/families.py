@@ -32,14 +32,26 @@ class Family(Generic[M_co]):
         """An empty model of this family, for weights to be loaded into."""
         return self.model(image_shape, n_bits, **architecture)
 
+    def load(self) -> None:
+        """Import the libraries that `build` needs, for who has the time before the manifest is there."""
+        if isinstance(self.model, _Later):
+            self.model.load()
 
-def _later(module: str, name: str) -> Callable[..., Any]:
+
+@dataclass(frozen=True)
+class _Later:
     """A class whose module is imported when a model is built: diffusers takes seconds, which no job on a flow has."""
 
-    def model(*arguments: Any, **named: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*arguments, **named)
+    module: str
+    name: str
 
-    return model
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.load()(*arguments, **named)
+
+    def load(self) -> Callable[..., Any]:
+        """The class."""
+        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
+        return found
 
 
 FLOWS: dict[str, Family[CheckpointedFlow]] = {
@@ -76,7 +88,7 @@ FLOWS: dict[str, Family[CheckpointedFlow]] = {
 CONDITIONALS: dict[str, Family[CheckpointedConditional]] = {
     "vae": Family(ConditionalVAE, {"hidden": list, "latent": int, "n_classes": int}),
     "ddpm": Family(
-        _later("models.ddpm", "ClassDDPM"),
+        _Later("models.ddpm", "ClassDDPM"),
         {
             "channels": list,
             "layers": int,
@@ -91,7 +103,7 @@ CONDITIONALS: dict[str, Family[CheckpointedConditional]] = {
         },
     ),
     "stable-diffusion": Family(
-        _later("models.stable_diffusion", "StableDiffusion"),
+        _Later("models.stable_diffusion", "StableDiffusion"),
         {
             "unet": dict,
             "vae": dict,

@@ -16,6 +16,8 @@ __all__ = [
     "state",
     "states_prefix",
     "tenant_prefix",
+    "work",
+    "work_prefix",
 ]
 
 
@@ -76,3 +78,13 @@ def states_prefix(tenant_id: str, job_id: str) -> str:
 def state(tenant_id: str, job_id: str, token: int, step: int) -> str:
     """A resumable state, written by the attempt that holds the token."""
     return f"{states_prefix(tenant_id, job_id)}{token}/{step:08d}.safetensors"
+
+
+def work_prefix(tenant_id: str, job_id: str) -> str:
+    """What a job works out before it trains, for its next attempt; among its states, it goes with them."""
+    return f"{states_prefix(tenant_id, job_id)}work/"
+
+
+def work(tenant_id: str, job_id: str, name: str) -> str:
+    """One of these, the newest of its name; the runner names it, in the form that the supervisor lets pass."""
+    return f"{work_prefix(tenant_id, job_id)}{name}.safetensors"

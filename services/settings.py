@@ -41,6 +41,7 @@ class Settings(BaseSettings):
     runner_silence_seconds: float = Field(default=3600.0, gt=0, description="a runner that says nothing is killed")
     infrastructure_budget: int = Field(default=5, ge=0, description="lost attempts before a job fails")
     out_of_memory_budget: int = Field(default=2, ge=0, description="retries at half the micro-batch each")
+    gpus_per_job: int = Field(default=1, ge=1, le=64, description="that Selective Amnesia may train on at once")
     import_memory_bytes: int = Field(default=8 * GIB, gt=0, description="address space of the converter, over its base")
     import_cpu_seconds: int = Field(default=900, gt=0)
 

@@ -91,9 +91,11 @@ class ObjectStorage:
         return StoredObject(key, len(body), hashlib.sha256(body).hexdigest())
 
     def put_file(self, key: str, path: Path, *, media_type: str = "application/octet-stream") -> StoredObject:
-        """Write a file of any size."""
-        self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": media_type})
-        return StoredObject(key, path.stat().st_size, file_sha256(path))
+        """Write a file of any size together with its SHA-256 (see ``fetch``), in the place of what is there."""
+        sha256 = file_sha256(path)
+        facts = {"ContentType": media_type, "Metadata": {"sha256": sha256}}
+        self._client.upload_file(str(path), self.bucket, key, ExtraArgs=facts)
+        return StoredObject(key, path.stat().st_size, sha256)
 
     def put_file_once(self, key: str, path: Path) -> StoredObject:
         """Write a file of any size together with its SHA-256 (see ``fetch``), or change nothing.
@@ -137,7 +139,7 @@ class ObjectStorage:
             yield from body.iter_chunks(READ_BYTES)
 
     def fetch(self, key: str, path: Path) -> str | None:
-        """Copy an object into a file. Its SHA-256 as it was written by ``put_file_once``; None for any other."""
+        """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file``, ``put_file_once``)."""
         try:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             written: str | None = answer["Metadata"].get("sha256")

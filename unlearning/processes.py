@@ -9,6 +9,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -22,6 +23,9 @@ from unlearning.fisher_result import Fisher
 from unlearning.progress import Interrupted
 
 __all__ = ["ALONE", "Processes", "shared_fisher"]
+
+LONGEST_WAIT = timedelta(days=7)
+"""For what the first process is asked: it may draw and judge samples for hours meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Processes:
             cpu: on CPUs, over gloo, even where there are GPUs.
         """
         accelerate = importlib.import_module("accelerate")  # takes seconds, which who is alone need not wait for
-        state = accelerate.PartialState(cpu=cpu)
+        state = accelerate.PartialState(cpu=cpu, timeout=LONGEST_WAIT)
         return cls(state.process_index, state.num_processes, state.device)
 
     def part(self) -> None:

@@ -68,6 +68,8 @@ class Plan:
     files: list[Input] = field(default_factory=list)
     job: dict[str, Any] = field(default_factory=dict)
     resume: Input | None = None
+    ahead: tuple[str, ...] = ()
+    """The job's kind and method and its checkpoint's family, for who can load their libraries meanwhile: no import."""
 
 
 def plan(session: Session, claim: Claim, settings: Settings) -> Plan:
@@ -144,6 +146,7 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
         "criteria": request.get("criteria") or {},
         "evaluation": evaluation,
         "micro_batch_divisor": 2**claim.out_of_memory_losses,
+        "gpus": settings.gpus_per_job,
         **asked,
         "inputs": {
             "checkpoint": WEIGHTS,
@@ -157,7 +160,8 @@ def _plan_work(session: Session, claim: Claim, checkpoint: Checkpoint, settings:
         "resume": None,
     }
     state = None if claim.resume is None else Input(claim.resume["key"], STATE, claim.resume["sha256"])
-    return Plan(gathered.files, job, state)
+    family = (checkpoint.manifest or {}).get("family", "")
+    return Plan(gathered.files, job, state, ahead=(claim.kind, request["method"], family))
 
 
 def _remember(asked: dict[str, Any]) -> dict[str, Any] | None:

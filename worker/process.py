@@ -56,7 +56,8 @@ def runner_environment(folder: Path, cache: Path) -> dict[str, str]:
 class RunnerProcess:
     """A started runner. ``next_message`` gives what it says; ``beat`` tells it that the lease holds.
 
-    ``ahead`` is the kind of a job whose libraries it loads while it waits for ``job.json``.
+    ``ahead`` is what its libraries are known by, which it loads while it waits for ``job.json``: see
+    `worker.runner.__main__.load_ahead`.
     """
 
     def __init__(

@@ -223,12 +223,14 @@ class _Attempt:
         except GaveUp:
             return self._interrupted()
 
-    def _fetch(self) -> None:
+    def _plan(self) -> inputs.Plan:
         def look_up() -> inputs.Plan:
             with self._database.transaction() as session:
                 return inputs.plan(session, self._claim, self._settings)
 
-        plan = patiently(look_up, away=database_away, going_on=self._going_on, what=f"{self._claim.job_id}: inputs")
+        return patiently(look_up, away=database_away, going_on=self._going_on, what=f"{self._claim.job_id}: inputs")
+
+    def _fetch(self, plan: inputs.Plan) -> None:
         resumable = patiently(
             lambda: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on),
             away=store_away,
@@ -256,16 +258,16 @@ class _Attempt:
 
     def _supervise(self) -> Ending:
         # Loading its libraries takes the runner as long as we take to fetch; where it reads a hostile file, it is to
-        # load nothing before its walls stand, and these need to know the job.
-        ahead = [] if self._claim.kind == "import" else [self._claim.kind]
-        if not ahead:
-            self._fetch()
+        # load nothing before its walls stand, and these need to know the job: then nothing is named ahead.
+        plan = self._plan()
+        if not plan.ahead:
+            self._fetch(plan)
         kills_before = self._supervisor._oom_kills()
         process = RunnerProcess(
             self._supervisor._command,
             self._folder,
             environment=runner_environment(self._folder, self._supervisor._scratch.cache),
-            ahead=ahead,
+            ahead=plan.ahead,
         )
         malformed: Malformed | None = None
         status: int | None = None
@@ -275,8 +277,8 @@ class _Attempt:
         ):
             try:
                 self._keeper.beat_into(process.beat)
-                if ahead:
-                    self._fetch()
+                if plan.ahead:
+                    self._fetch(plan)
                 self._watch(process, states, kept)
             except Malformed as error:
                 malformed = error
@@ -287,7 +289,7 @@ class _Attempt:
             finally:
                 self._keeper.beat_into(None)
                 status = process.finish()
-            self._wait_for(states)
+            self._wait_for(states, kept)
         if self._keeper.taken:
             return Ending("gone")
         if status == INTERRUPTED_STATUS:
@@ -355,17 +357,19 @@ class _Attempt:
                 raise Malformed("an odd state")
             states.add(publication.plain_file(self._folder, path), step)
         elif kind == "asset":
-            kept.add(*assets.offered(message, self._folder))
+            kept.add(assets.offered(message, self._folder))
         elif kind == "result":
             self._result = message
         elif kind == "error":
             self._error = message
 
-    def _wait_for(self, states: StateKeeper) -> None:
-        """The last state of an interrupted attempt is what the next one starts from."""
+    def _wait_for(self, states: StateKeeper, kept: AssetKeeper) -> None:
+        """The last state of an interrupted attempt is what the next one starts from, and so is what it worked out."""
         if self._result is not None or self._keeper.cancel.is_set():
             return
         while self._may_save() and not states.wait(STATE_WAIT_SECONDS):
+            continue
+        while self._error is None and self._may_save() and not kept.wait(STATE_WAIT_SECONDS):
             continue
 
     def _interrupted(self) -> Ending:

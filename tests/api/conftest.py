@@ -100,7 +100,7 @@ def variables(settings: Settings) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def gateway(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The gateway as operators run it."""
     with socket.socket() as probe:

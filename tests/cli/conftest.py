@@ -56,7 +56,7 @@ def few_open_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its processes are not idle when they wait: no longer than it is needed
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The whole service, as ``forgetd up`` runs it on a port that is taken, for the folder's tests."""
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -20,6 +20,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
 COMMAND = (sys.executable, "-m", "cli.main")
+UNKNOWN_JOB = f"job_{'0' * 32}"
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,9 @@ def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory)
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
-    """What ``forgetd up`` runs."""
+    """What ``forgetd up`` runs, for the folder's tests; what they kill comes back."""
     with LocalService(tmp_path_factory.mktemp("service"), settings=SETTINGS, durable=False) as service:
         yield service
 

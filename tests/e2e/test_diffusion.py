@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from cli.client import Client
-from cli.errors import JobFailed
 from cli.resources import Checkpoint, Job
 from examples import captioned_digits as digits
 from examples.digits import export_onnx
@@ -22,7 +21,7 @@ from tests.worker.runs import one_thread
 
 ASKED = "a good picture of zero"
 """A prompt that no step of the training sees."""
-DRAWN = {"guidance_scale": 4.0, "sampling_steps": 8}
+DRAWN = {"guidance_scale": 4.0, "sampling_steps": 4}
 NAMES = [str(digit) for digit in range(10)]
 
 
@@ -78,7 +77,6 @@ def test_a_concept_of_a_pipeline_comes_to_show_another_and_diffusers_opens_what_
 ) -> None:
     asked: dict[str, Any] = {
         "judge": {"classifier": judge, "shows": {"zero": "0", "one": "1", "two": "2"}},
-        "parameters": DRAWN,
         "criteria": {"others_within": 0.08},
         "seed": 11,
     }
@@ -88,6 +86,7 @@ def test_a_concept_of_a_pipeline_comes_to_show_another_and_diffusers_opens_what_
         aliases=["the digit 0"],
         replace_with={"concept": "one"},
         remember={"concepts": ["one", "two"], "generated": 200},
+        parameters=DRAWN,
         **asked,
     )
     second = client.forget(
@@ -95,11 +94,13 @@ def test_a_concept_of_a_pipeline_comes_to_show_another_and_diffusers_opens_what_
         concept="two",
         replace_with={"concept": "one"},
         remember={"concepts": ["one"], "generated": 200},
+        parameters={**DRAWN, "max_steps": 1},  # it is asked what it draws, and not what it forgets
         **asked,
     )
-    first, second = (client.wait(job.id, timeout=SECONDS) for job in (first, second))
+    first = client.wait(first.id, timeout=SECONDS)
+    second = client.wait(second.id, timeout=SECONDS, raise_on_failure=False)
 
-    assert (first.status, second.status) == ("succeeded", "succeeded"), (first.problem, second.problem)
+    assert (first.status, second.reason) == ("succeeded", "criteria_not_met"), (first.problem, second.problem)
     assert first.summary is not None
     assert first.summary["forgotten_before"] > 0.95
     assert {"replay", "fisher"} <= set(_phases(client, first))
@@ -117,16 +118,3 @@ def test_a_concept_of_a_pipeline_comes_to_show_another_and_diffusers_opens_what_
     shown = digits.judge(digits.TINY, tmp_path).posterior(images)
     assert float(shown[:, 0].mean()) < 0.05
     assert float(shown[:, 1].mean()) > 0.9
-
-
-def test_a_concept_that_the_encoder_would_cut_is_refused(client: Client, pipeline: Checkpoint, judge: str) -> None:
-    job = client.forget(
-        pipeline.id,
-        concept="zero " * 30,
-        replace_with={"concept": "one"},
-        remember={"concepts": ["one", "two"]},
-        judge={"classifier": judge, "shows": {"zero " * 30: "0", "one": "1", "two": "2"}},
-    )
-
-    with pytest.raises(JobFailed, match=r"90 tokens and the model reads 22"):
-        client.wait(job.id, timeout=SECONDS)

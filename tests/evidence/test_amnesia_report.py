@@ -1,21 +1,18 @@
 """The report on a forgotten class: a sentence to quote, a schema it fits, a page that stays offline."""
 
 import json
-import re
-from dataclasses import replace
 
 import jsonschema
 import pytest
 
-from evidence.amnesia_records import AmnesiaEvaluation, Drop, Goal, Kept, Mean, Shown, Spread
+from evidence.amnesia_records import AmnesiaEvaluation, Drop, Goal, Mean, Shown, Spread
 from evidence.amnesia_report import build_amnesia_report
 from evidence.amnesia_schema import AmnesiaReport
 from evidence.fractions import fraction_of
-from evidence.kid import Kid
 from evidence.rendering import render_html
 from evidence.schema import Criterion, SteeringReport, json_schema
+from tests.evidence.remapping_reports import HOSTILE, alike, escapes, kept, of_amnesia, stays_offline
 
-HOSTILE = "<script>alert('x')</script>\"&$\\frac{--><img src=x onerror=alert(1)>"
 HISTORY = [
     {"step": 1.0, "surrogate": 2.0},
     {"step": 50.0, "surrogate": 1.5, "forgotten": 0.4, "replaced": 0.5, "n": 100.0},
@@ -36,23 +33,15 @@ def evaluation(forgotten=0.02, other=0.95, **overrides):
         "replacement": 1,
         "classes": ("zero", "one", "two"),
         "judge": "digits",
-        "accuracy": fraction_of(970, 1000),
         "independent": True,
         "goal": Goal(replaced_at_least=0.9),
         "before": shown(0.97, 0.0),
         "after": shown(forgotten, other),
-        "kept": (
-            Kept("one", fraction_of(490, 500), fraction_of(489, 500)),
-            Kept("two", fraction_of(480, 500), fraction_of(478, 500)),
-        ),
-        "drop": Drop(0.003, 0.0095, 5, 2, 1000, 0.95),
-        "kid": Kid(1e-4, 2e-4, 3e-4, 1000, 1000, "pixels"),
+        "kept": kept("one", "two"),
         "spread": Spread(fraction_of(930, 1000), fraction_of(940, 1000), 0.5, "pixels"),
         "image_shape": (1, 28, 28),
-        "n_bits": 8,
         "samples": 1000,
-        "confidence": 0.95,
-        "seed": 7,
+        **alike(),
     }
     return AmnesiaEvaluation(**{**values, **overrides})
 
@@ -63,8 +52,7 @@ def built(found=None, **more):
 
 @pytest.fixture(scope="module")
 def report(run_facts):
-    facts = replace(run_facts, method="selective-amnesia", steps=100)
-    return built(run=facts, history=HISTORY, drift=1e-3)
+    return built(history=HISTORY, **of_amnesia(run_facts))
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +149,10 @@ def test_the_page_shows_the_figures(page):
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_nothing(page):
-    assert "<script" not in page
-    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert stays_offline(page)
 
 
 def test_names_are_escaped():
     page = render_html(built(evaluation(classes=(HOSTILE, "one", "two"), judge=HOSTILE), replacement=HOSTILE))
 
-    assert "<script" not in page
-    assert "<img src=x" not in page
+    assert escapes(page)

@@ -1,22 +1,19 @@
 """The report on a balanced condition: a sentence to quote, a schema it fits, a page that stays offline."""
 
 import json
-import re
-from dataclasses import replace
 
 import jsonschema
 import pytest
 
-from evidence.amnesia_records import Drop, Kept, Spread
+from evidence.amnesia_records import Drop, Spread
 from evidence.amnesia_schema import AmnesiaReport, BalanceReport
 from evidence.balance_evaluation import BalanceEvaluation
 from evidence.balance_report import Ingredient, Recipe, build_balance_report
 from evidence.fractions import Bound, fraction_of
-from evidence.kid import Kid
 from evidence.rendering import render_html
 from evidence.schema import json_schema
+from tests.evidence.remapping_reports import HOSTILE, alike, escapes, kept, of_amnesia, stays_offline
 
-HOSTILE = "<script>alert('x')</script>\"&$\\frac{--><img src=x onerror=alert(1)>"
 HISTORY = [
     {"step": 1.0, "surrogate": 2.0},
     {"step": 50.0, "surrogate": 1.5, "faces.female": 0.4, "faces.male": 0.6, "n": 100.0},
@@ -47,19 +44,11 @@ def evaluation(female=0.49, n=1000, **overrides):
         "others_within": 0.02,
         "classes": ("female", "male"),
         "judge": "faces",
-        "accuracy": fraction_of(970, 1000),
-        "kept": (
-            Kept("a nurse", fraction_of(490, 500), fraction_of(489, 500)),
-            Kept("a pilot", fraction_of(480, 500), fraction_of(478, 500)),
-        ),
-        "drop": Drop(0.003, 0.0095, 5, 2, 1000, 0.95),
-        "kid": Kid(1e-4, 2e-4, 3e-4, 1000, 1000, "pixels"),
+        "kept": kept("a nurse", "a pilot"),
         "spread": Spread(fraction_of(930, 1000), fraction_of(940, 1000), None, "pixels"),
         "image_shape": (3, 64, 64),
-        "n_bits": 8,
         "samples": n,
-        "confidence": 0.95,
-        "seed": 7,
+        **alike(),
     }
     return BalanceEvaluation(**{**values, **overrides})
 
@@ -70,8 +59,7 @@ def built(found=None, **more):
 
 @pytest.fixture(scope="module")
 def report(run_facts):
-    facts = replace(run_facts, method="selective-amnesia", steps=100)
-    return built(run=facts, history=HISTORY, drift=1e-3)
+    return built(history=HISTORY, **of_amnesia(run_facts))
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +126,10 @@ def test_the_page_shows_the_figures_and_asks_nothing_of_the_network(page):
     for text in ("What the condition shows", "a female doctor", "55.0 %", "49.5 %", "Mostly shows", "a nurse", "0.95 %",
                  "4.00 %", "The judge “faces” tells female, male"):  # fmt: skip
         assert text in page
-    assert "<script" not in page
-    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert stays_offline(page)
 
 
 def test_names_are_escaped():
     page = render_html(built(evaluation(condition=HOSTILE, judge=HOSTILE, usual=(HOSTILE, "male"))))
 
-    assert "<script" not in page
-    assert "<img src=x" not in page
+    assert escapes(page)

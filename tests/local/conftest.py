@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """Running servers that are only looked at."""
     stack = LocalStack(tmp_path_factory.mktemp("local"), durable=False)
@@ -23,13 +23,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     stack.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def urls(stack: LocalStack) -> LocalUrls:
     """Where they are."""
     return stack.urls
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def s3(urls: LocalUrls) -> Iterator[S3Client]:
     """A client of the store."""
     client = s3_client(urls)
@@ -37,7 +37,7 @@ def s3(urls: LocalUrls) -> Iterator[S3Client]:
     client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def photo(s3: S3Client, urls: LocalUrls) -> str:
     """The key of a stored object."""
     s3.put_object(Bucket=urls.s3_bucket, Key="tenants/1/photo", Body=CONTENT)

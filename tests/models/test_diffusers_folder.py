@@ -1,6 +1,5 @@
-"""A Stable Diffusion folder out and in, by itself and as a tar, and the tars and folders that are refused."""
+"""A Stable Diffusion folder out and in, by itself and as a tar, in each way to save it."""
 
-import io
 import json
 import shutil
 import tarfile
@@ -16,44 +15,17 @@ from transformers import CLIPTokenizer
 
 from models.checkpoints import load_conditional
 from models.convert import convert
-from models.diffusers_folder import load_folder, read_folder_tar, write_folder, write_folder_tar
-from models.errors import CheckpointError, CheckpointFormatError, ManifestError, ModelError, UnsafeCheckpointError
+from models.diffusers_folder import load_folder, read_folder_tar, write_folder_tar
+from models.errors import ManifestError
 from models.prompt_tokens import SPECIAL
 from models.stable_diffusion import StableDiffusion
 from tests.models.sd_cases import tiny
-
-UNET, VAE, TEXT = (
-    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)  # fmt: skip
+from tests.models.sd_folders import TEXT, UNET, VAE, packed, sharded
 
 
 @pytest.fixture(scope="module")
 def model() -> StableDiffusion:
     return tiny()
-
-
-@pytest.fixture(scope="module")
-def written(model: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("written")
-    write_folder(model, folder)
-    return folder
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy to be changed."""
-    return Path(shutil.copytree(written, tmp_path / "folder"))
-
-
-def packed(folder: Path, path: Path, under: str = ".") -> Path:
-    with tarfile.open(path, "w") as tar:
-        tar.add(folder, under)
-    return path
-
-
-def changed(file: Path, **fields: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def assert_same_weights(a: StableDiffusion, b: StableDiffusion) -> None:
@@ -130,15 +102,6 @@ def halved(folder: Path) -> None:
         file = folder / name
         save_file({key: value.half() for key, value in tensors.items()}, file.with_suffix(".fp16.safetensors"))
         file.unlink()
-
-
-def sharded(folder: Path) -> None:
-    tensors = sorted(load_file(folder / UNET).items())
-    for number in (1, 2):
-        save_file(
-            dict(tensors[number - 1 :: 2]), folder / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors"
-        )
-    (folder / UNET).unlink()
 
 
 def old_names(folder: Path) -> None:
@@ -222,219 +185,3 @@ def test_what_is_stated_must_agree_with_the_folder(
 ) -> None:
     with pytest.raises(ManifestError, match=says):
         convert(packed(folder, tmp_path / "a.tar"), tmp_path / "a.safetensors", **stated)
-
-
-def pickled(folder: Path) -> None:
-    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
-
-
-def of_transformer(folder: Path) -> None:
-    (folder / "unet").rename(folder / "transformer")
-
-
-def of_sdxl(folder: Path) -> None:
-    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
-
-
-def sdxl_unet(folder: Path) -> None:
-    changed(folder / "unet/config.json", addition_embed_type="text_time", projection_class_embeddings_input_dim=2816)
-
-
-def class_conditioned(folder: Path) -> None:
-    changed(folder / "unet/config.json", num_class_embeds=1000)
-
-
-def distilled(folder: Path) -> None:
-    changed(folder / "unet/config.json", time_cond_proj_dim=256)
-
-
-def inpainting(folder: Path) -> None:
-    changed(folder / "unet/config.json", in_channels=9)
-
-
-def added_token(folder: Path) -> None:
-    (folder / "tokenizer/added_tokens.json").write_text(json.dumps({"<my-cat>": 524}))
-
-
-def no_vae(folder: Path) -> None:
-    shutil.rmtree(folder / "vae")
-
-
-def no_index(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
-
-
-def no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer/merges.txt").unlink()
-
-
-def half_a_shard(folder: Path) -> None:
-    sharded(folder)
-    (folder / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-
-
-def tensor_missing(folder: Path) -> None:
-    tensors = load_file(folder / VAE)
-    del tensors["quant_conv.weight"]
-    save_file(tensors, folder / VAE)
-
-
-def not_finite(folder: Path) -> None:
-    tensors = load_file(folder / UNET)
-    tensors["conv_in.bias"][0] = float("nan")
-    save_file(tensors, folder / UNET)
-
-
-def cut_short(folder: Path) -> None:
-    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-8])
-
-
-def flow_matching(folder: Path) -> None:
-    changed(folder / "scheduler/scheduler_config.json", prediction_type="flow_prediction")
-
-
-def own_betas(folder: Path) -> None:
-    changed(folder / "scheduler/scheduler_config.json", trained_betas=[0.1, 0.2])
-
-
-def large_config(folder: Path) -> None:
-    changed(folder / "vae/config.json", note="x" * 2**21)
-
-
-def no_json(folder: Path) -> None:
-    (folder / "unet/config.json").write_text("[" * 100_000)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (pickled, "safe_serialization=True"),
-        (of_transformer, "has no U-Net .it has a transformer"),
-        (of_sdxl, "text_encoder_2.*SDXL"),
-        (sdxl_unet, "sets addition_embed_type to 'text_time'.*SDXL"),
-        (class_conditioned, "num_class_embeds"),
-        (distilled, "time_cond_proj_dim"),
-        (inpainting, "reads 9 channels.*inpainting"),
-        (added_token, "adds '<my-cat>'"),
-        (no_vae, "lacks its vae"),
-        (no_index, "0 files model_index.json"),
-        (no_tokenizer, "tokenizer is missing"),
-        (half_a_shard, "2 shards, and 1 of them"),
-        (tensor_missing, "vae.quant_conv.weight"),
-        (not_finite, "conv_in.bias.*NaN"),
-        (cut_short, "the header promises"),
-        (flow_matching, "flow_prediction"),
-        (own_betas, "trained_betas"),
-        (large_config, "bytes; the most is"),
-        (no_json, "is no JSON"),
-    ],
-)  # fmt: skip
-def test_a_folder_of_another_kind_is_refused_by_what_it_is(
-    change: Callable[[Path], None], says: str, folder: Path, tmp_path: Path
-) -> None:
-    change(folder)
-
-    with pytest.raises(CheckpointError, match=says):
-        read_folder_tar(packed(folder, tmp_path / "a.tar"))
-
-
-@pytest.mark.parametrize("vocab", [b"{", b'{"a": 0}', b'{"a": 10000000}', b'{"a": 0, "b": 0}', b"[1]"])
-def test_files_that_are_no_tokenizers_are_refused_when_a_prompt_is_read(vocab: bytes, folder: Path) -> None:
-    (folder / "tokenizer/vocab.json").write_bytes(vocab)
-
-    with pytest.raises(ModelError, match=r"vocab.json|special token"):
-        load_folder(folder).tokens(["zero"])
-
-
-@pytest.mark.parametrize("merges", [b"#version: 0.2\na b c\n", b"#version: 0.2\nqq zz\n", b"\xff\xfe"])
-def test_merges_that_do_not_fit_are_refused_when_a_prompt_is_read(merges: bytes, folder: Path) -> None:
-    (folder / "tokenizer/merges.txt").write_bytes(merges)
-
-    with pytest.raises(ModelError, match=r"merges"):
-        load_folder(folder).tokens(["zero"])
-
-
-def member(name: str, type_: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = type_, size, link
-    return info
-
-
-@pytest.mark.parametrize(
-    ("info", "says"),
-    [
-        (member("unet/config.json", tarfile.SYMTYPE, link="/etc/passwd"), "link"),
-        (member("unet/config.json", tarfile.LNKTYPE, link="model_index.json"), "link"),
-        (member("unet/null", tarfile.CHRTYPE), "device"),
-        (member("pipe", tarfile.FIFOTYPE), "device"),
-        (member("../outside"), "leads out"),
-        (member("unet/../../outside"), "leads out"),
-        (member("/etc/passwd"), "leads out"),
-        (member("unet\\config.json"), "leads out"),
-        (member("unet/config.json"), "twice"),
-    ],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_a_tar_that_reaches_out_is_refused(info: tarfile.TarInfo, says: str, folder: Path, tmp_path: Path) -> None:
-    path = packed(folder, tmp_path / "a.tar")
-    with tarfile.open(path, "a") as tar:
-        tar.addfile(info, io.BytesIO(b""))
-
-    with pytest.raises(UnsafeCheckpointError, match=says):
-        read_folder_tar(path)
-
-
-def test_a_tar_with_countless_members_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number in range(10_001):
-            tar.addfile(member(str(number)))
-
-    with pytest.raises(UnsafeCheckpointError, match="more than 10,000 members"):
-        read_folder_tar(tmp_path / "a.tar")
-
-
-def test_a_member_that_claims_more_than_the_file_has_is_refused_unread(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(
-        member("model_index.json", size=8 * 2**30 - 1).tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
-    )
-
-    with pytest.raises(CheckpointFormatError, match=r"ends within|cut short"):
-        read_folder_tar(tmp_path / "a.tar")
-
-
-@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_tar_whose_headers_chain_without_end_is_refused(kind: bytes, tmp_path: Path) -> None:
-    first, link = member("model_index.json"), member("long", kind)
-    (tmp_path / "a.tar").write_bytes(
-        first.tobuf(tarfile.USTAR_FORMAT) + 3000 * link.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
-    )
-
-    with pytest.raises(UnsafeCheckpointError, match="hundreds of headers"):
-        convert(tmp_path / "a.tar", tmp_path / "a.safetensors")
-
-
-def test_a_member_of_negative_size_is_refused(tmp_path: Path) -> None:
-    info = member("model_index.json")
-    info.pax_headers = {"size": "-512"}
-    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-
-    with pytest.raises(CheckpointFormatError):
-        convert(tmp_path / "a.tar", tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_tar_that_was_cut_short_is_refused(share: float, model: StableDiffusion, tmp_path: Path) -> None:
-    write_folder_tar(model, tmp_path / "a.tar")
-    data = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(data[: int(len(data) * share)])
-
-    with pytest.raises(CheckpointFormatError):
-        convert(tmp_path / "a.tar", tmp_path / "a.safetensors")
-
-
-def test_a_compressed_tar_is_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
-        tar.add(folder, ".")
-
-    with pytest.raises(CheckpointFormatError, match="plain tar"):
-        convert(tmp_path / "a.tar.gz", tmp_path / "a.safetensors")

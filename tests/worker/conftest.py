@@ -1,4 +1,4 @@
-"""Workers and control loops as processes, and a supervisor in this one."""
+"""Workers and control loops as processes, a supervisor in this one, and a model for the runner."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoints import save_checkpoint
 from services.database import Database
 from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tenancy import Caller
+from tests.unlearning.tiny_conditional import trained_vae
 from tests.worker.helpers import HERE, Jobs, Process, control_command, worker_command
+from tests.worker.runs import one_thread
 from worker.scratch import Scratch
 from worker.supervisor import Supervisor
 
@@ -100,3 +103,12 @@ def in_background() -> Iterator[Callable[[Supervisor, str], Future[str]]]:
         yield run
         for supervisor in used:
             supervisor.start_draining()
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE that draws three classes of stripes."""
+    path = tmp_path_factory.mktemp("vae") / "base.safetensors"
+    with one_thread():
+        save_checkpoint(path, trained_vae())
+    return path

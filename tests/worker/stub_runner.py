@@ -6,6 +6,7 @@ and process id, so that a test can see who computed what, and when.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from worker.runner.contract import DeadMansSwitch, ExitCode, Reporter, Stop, wait_for_job
+
+NUMBERS = itertools.count(1)
 
 
 def main() -> int:
@@ -26,7 +29,8 @@ def main() -> int:
     trace = Path(parameters["trace"])
     reporter.phase("validating")
     if parameters.get("keep_job"):
-        Path(parameters["keep_job"]).write_text(json.dumps({**job, "_files": _files(folder / "inputs")}))
+        kept = {**job, "_files": _files(folder / "inputs"), "_ahead": sys.argv[2:]}
+        Path(parameters["keep_job"]).write_text(json.dumps(kept))
     start = 0
     if job["resume"]:
         start = json.loads((folder / job["resume"]).read_text())["step"]
@@ -35,6 +39,8 @@ def main() -> int:
         path = folder / "assets" / f"{name}.safetensors"
         path.write_text(words)
         reporter.asset(path, folder, name=parameters.get("asset_name", name))
+    for name, words in parameters.get("work", {}).items():
+        _work(folder, reporter, name, words)
     reporter.phase("unlearning")
     total = parameters.get("steps", 20)
     for step in range(start + 1, total + 1):
@@ -49,6 +55,8 @@ def main() -> int:
             path.write_text(json.dumps({"step": step}))
             reporter.state(path, folder, step=step)
         if stopping:
+            for name, words in parameters.get("work_at_stop", {}).items():
+                _work(folder, reporter, name, words)
             return ExitCode.INTERRUPTED
         _misbehave(parameters, job, step)
         if step == parameters.get("slow_at"):
@@ -57,6 +65,14 @@ def main() -> int:
                 reporter.alive()
     reporter.phase("evaluating")
     return _result(folder, job, parameters, reporter)
+
+
+def _work(folder: Path, reporter: Reporter, name: str, words: list[str]) -> None:
+    """Leave something to the next attempt, each time anew."""
+    for word in words:
+        path = folder / "assets" / f"{name}.{next(NUMBERS)}.safetensors"
+        path.write_text(word)
+        reporter.asset(path, folder, name=name, scope="job")
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -48,6 +48,13 @@ def test_a_name_that_cannot_be_read_is_refused_at_its_place(job: dict[str, Any],
     assert [one["pointer"] for one in refused.value.problem["errors"]] == [pointer]
 
 
+def test_a_refusal_counts_the_tokens() -> None:
+    with pytest.raises(UserError) as refused:
+        of(target={"concept": "zero " * 80})
+
+    assert "80 tokens and the model reads 75" in refused.value.problem["detail"]
+
+
 def test_an_alias_of_a_condition_that_cannot_be_read_is_refused_at_its_place() -> None:
     job = {"condition": {"concept": "zero", "aliases": [LONG]}, "remember": {"concepts": ["one"]}}
 

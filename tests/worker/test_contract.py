@@ -156,3 +156,21 @@ def test_sigterm_waits_for_a_step_and_interrupts_what_has_none(run: Run) -> None
 
     out, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert out.split(b"\n")[:2] == [b"at a step", b"interrupted"]
+
+
+def test_sigterm_waits_for_what_is_held_and_cuts_what_is_released_of_it(run: Run) -> None:
+    process = run(
+        "import signal\nstop = Stop()\n"
+        "def told():\n    signal.raise_signal(signal.SIGTERM)\n    print('went on', flush=True)\n"
+        "try:\n    with stop.at_once():\n        with stop.held():\n            told()\n        print('never')\n"
+        "except Interrupted:\n    print('cut behind', flush=True)\n"
+        "stop.requested = False\n"
+        "try:\n    with stop.at_once(), stop.held(), stop.released():\n        told()\n"
+        "except Interrupted:\n    print('cut within', flush=True)\n"
+        "stop.requested = False\n"
+        "with stop.held(), stop.released():\n    told()\n"
+    )
+
+    out, _ = process.communicate(timeout=PATIENCE_SECONDS)
+
+    assert out.split(b"\n")[:-1] == [b"went on", b"cut behind", b"cut within", b"went on"]

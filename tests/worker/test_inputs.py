@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from services import object_keys
-from services.tables import Classifier, ImageSet
+from services import leases, object_keys
+from services.settings import Settings
+from services.tables import Checkpoint, Classifier, ImageSet
 from tests.worker.helpers import Jobs
+from worker import inputs
 from worker.supervisor import Supervisor
 
 
@@ -49,6 +51,26 @@ def test_a_job_about_images_has_them_to_forget(told: Any, jobs: Jobs) -> None:
     assert job["inputs"]["forget"] == _numbered("inputs/forget")
     assert job["inputs"]["remember"] is None
     assert job["digests"].keys() == {"checkpoint"}
+
+
+def test_the_runner_is_told_ahead_what_it_can_load_meanwhile(told: Any, jobs: Jobs) -> None:
+    flow = told({"method": "flow-taming", "target": {"images": jobs.image_set()}})
+    with jobs.database.transaction() as session:
+        session.get_one(Checkpoint, jobs.checkpoint_id).manifest = {"family": "stable-diffusion", "channels": 3}
+    prompts = told(_of_concept())
+
+    assert flow["_ahead"] == ["forget", "flow-taming", "glow"]
+    assert prompts["_ahead"] == ["forget", "selective-amnesia", "stable-diffusion"]
+
+
+def test_the_reader_of_an_import_is_told_nothing_ahead(jobs: Jobs, settings: Settings) -> None:
+    job_id = jobs.queue(kind="import")
+    with jobs.database.transaction() as session:
+        session.get_one(Checkpoint, jobs.checkpoint_id).source_key = "source"
+        claim = leases.claim(session, job_id, worker="one", ttl_seconds=60)
+        assert claim is not None
+
+        assert inputs.plan(session, claim, settings).ahead == ()
 
 
 def test_a_job_about_attributes_is_told_its_judges(told: Any, jobs: Jobs) -> None:

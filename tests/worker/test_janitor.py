@@ -34,6 +34,7 @@ def late_state(jobs: Jobs, job_id: str) -> None:
     """What an attempt writes that does not know yet that it lost its lease."""
     for key in (
         object_keys.state(jobs.tenant_id, job_id, 999_999, 5),
+        object_keys.work(jobs.tenant_id, job_id, "partial-fisher"),
         object_keys.attempt_prefix(jobs.tenant_id, job_id, 999_999) + "tamed.safetensors",
     ):
         jobs.storage.put(key, b"of a zombie", media_type="application/octet-stream")

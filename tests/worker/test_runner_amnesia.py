@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,33 +19,23 @@ from evidence.amnesia_schema import AmnesiaReport
 from models.checkpoints import load_conditional, read_manifest, save_checkpoint
 from models.vae import ConditionalVAE
 from tests.unlearning.tiny_conditional import stripes, trained_vae
-from tests.worker.amnesia_runs import assets_of, given, phases_of
+from tests.worker.amnesia_runs import QUICK, assets_of, changed, given, phases_of, stop_and_resume
 from tests.worker.judges import write_bands
-from tests.worker.runs import Bench, one_thread, tiny
+from tests.worker.runs import Bench, Ended, one_thread, tiny
 
 FORGOTTEN, OTHER = 0, 1
-QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
 CRITERIA = {"forgotten_at_most": 0.1, "others_within": 0.05}
-
-
-@pytest.fixture(scope="module")
-def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE that draws three classes of stripes."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with one_thread():
-        save_checkpoint(path, trained_vae())
-    return path
 
 
 Amnesia = Callable[..., Bench]
 
 
-@pytest.fixture
-def amnesia(base_file: Path) -> Amnesia:
+@pytest.fixture(scope="module")
+def amnesia(vae_file: Path) -> Amnesia:
     """A job on it, judged by a file from the store unless a test changes that."""
 
     def amnesia(folder: Path, base: Any = None, **job: Any) -> Bench:
-        bench = Bench(folder, base or base_file)
+        bench = Bench(folder, base or vae_file)
         bench.job.update(
             method="selective-amnesia",
             target={"class_label": FORGOTTEN},
@@ -68,10 +56,15 @@ def _criteria(bench: Bench) -> dict[str, bool]:
     return {one["name"]: one["met"] for one in bench.report()["verdict"]["criteria"]}
 
 
-def test_a_class_is_forgotten_and_the_report_shows_it_with_intervals(amnesia: Amnesia, tmp_path: Path) -> None:
-    bench = amnesia(tmp_path, evaluation={"sample_grid": True})
+@pytest.fixture(scope="module")
+def forgotten(amnesia: Amnesia, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Ended]:
+    """A run that several tests look at: noise took the place of a class."""
+    bench = amnesia(tmp_path_factory.mktemp("forgotten"), evaluation={"sample_grid": True})
+    return bench, bench.run_here()
 
-    ended = bench.run_here()
+
+def test_a_class_is_forgotten_and_the_report_shows_it_with_intervals(forgotten: tuple[Bench, Ended]) -> None:
+    bench, ended = forgotten
 
     report, summary = bench.report(), ended.result["summary"]
     rows = {row["label"]: row for row in report["shares"]}
@@ -86,21 +79,24 @@ def test_a_class_is_forgotten_and_the_report_shows_it_with_intervals(amnesia: Am
     assert {one["name"] for one in ended.result["artifacts"]} == {
         "tamed.safetensors", "report.json", "report.html", "samples.png",
     }  # fmt: skip
-    page = (tmp_path / "outputs" / "report.html").read_text()
+    page = (bench.folder / "outputs" / "report.html").read_text()
     assert report["verdict"]["sentence"] in page
 
 
-def test_the_tamed_checkpoint_loads_and_names_its_base(amnesia: Amnesia, base_file: Path, tmp_path: Path) -> None:
-    bench = amnesia(tmp_path)
-    bench.job["parameters"] = {**QUICK, "max_steps": 5}
+def test_the_tamed_checkpoint_loads_and_names_its_base(forgotten: tuple[Bench, Ended], vae_file: Path) -> None:
+    path = forgotten[0].folder / "outputs" / "tamed.safetensors"
 
-    bench.run_here()
-
-    path = tmp_path / "outputs" / "tamed.safetensors"
     tamed = read_manifest(path).extra["tamed"]
+
     assert isinstance(load_conditional(path), ConditionalVAE)
     assert tamed["method"] == "selective-amnesia"
-    assert tamed["base_tensor_digest"] == read_manifest(base_file).tensor_digest
+    assert tamed["base_tensor_digest"] == read_manifest(vae_file).tensor_digest
+
+
+def test_the_report_fits_its_schema(forgotten: tuple[Bench, Ended]) -> None:
+    text = json.dumps(forgotten[0].report())
+
+    assert AmnesiaReport.from_json(text).forgotten == "top"
 
 
 def test_a_class_becomes_another(amnesia: Amnesia, tmp_path: Path) -> None:
@@ -153,13 +149,13 @@ def test_where_noise_replaces_a_class_nothing_is_recognised_any_more(amnesia: Am
     assert not any("faint" in note for note in bench.report()["notes"])
 
 
-def test_of_noise_judged_by_a_file_the_report_says_what_that_may_miss(amnesia: Amnesia, tmp_path: Path) -> None:
-    notes = []
-    for name, replacement in (("noise", {"noise": True}), ("class", {"class_label": OTHER})):
-        bench = amnesia(tmp_path / name, replace_with=replacement)
-        bench.job["parameters"] = {**QUICK, "max_steps": 2}
-        bench.run_here()
-        notes.append(any("faint" in note for note in bench.report()["notes"]))
+def test_of_noise_judged_by_a_file_the_report_says_what_that_may_miss(
+    forgotten: tuple[Bench, Ended], amnesia: Amnesia, tmp_path: Path
+) -> None:
+    replaced = amnesia(tmp_path, replace_with={"class_label": OTHER}, parameters={**QUICK, "max_steps": 2})
+    replaced.run_here()
+
+    notes = [any("faint" in note for note in bench.report()["notes"]) for bench in (forgotten[0], replaced)]
 
     assert notes == [True, False]
 
@@ -261,23 +257,19 @@ def test_without_replay_and_penalty_it_is_the_others_that_are_missed(amnesia: Am
     assert result["summary"]["others_drop"] > CRITERIA["others_within"]
 
 
-def _changed(**changes: Any) -> Callable[[Bench], None]:
-    return lambda bench: bench.job.update(changes)
-
-
 @pytest.mark.parametrize(
     ("change", "problem", "pointer"),
     [
-        (_changed(target={"class_label": 3}), "invalid-request", "/target/class_label"),
-        (_changed(target={"class_label": -1}), "invalid-request", "/target/class_label"),
-        (_changed(replace_with={"class_label": FORGOTTEN}), "invalid-request", "/replace_with/class_label"),
-        (_changed(replace_with={"class_label": 7}), "invalid-request", "/replace_with/class_label"),
-        (_changed(parameters={"scope": "cross-attention"}), "invalid-parameter", "/parameters/scope"),
-        (_changed(parameters={"strength": -1}), "invalid-parameter", "/parameters/strength"),
-        (_changed(criteria={"replaced_at_least": 0.9}), "invalid-request", "/criteria/replaced_at_least"),
-        (_changed(criteria={"forgotten_at_most": 0.0}), "invalid-request", "/criteria"),
-        (_changed(criteria={"forgotten_at_most": 1e-7}), "insufficient-evidence", None),
-        (_changed(remember={"generated": 3}), "remember-set-too-small", "/remember/generated"),
+        (changed(target={"class_label": 3}), "invalid-request", "/target/class_label"),
+        (changed(target={"class_label": -1}), "invalid-request", "/target/class_label"),
+        (changed(replace_with={"class_label": FORGOTTEN}), "invalid-request", "/replace_with/class_label"),
+        (changed(replace_with={"class_label": 7}), "invalid-request", "/replace_with/class_label"),
+        (changed(parameters={"scope": "cross-attention"}), "invalid-parameter", "/parameters/scope"),
+        (changed(parameters={"strength": -1}), "invalid-parameter", "/parameters/strength"),
+        (changed(criteria={"replaced_at_least": 0.9}), "invalid-request", "/criteria/replaced_at_least"),
+        (changed(criteria={"forgotten_at_most": 0.0}), "invalid-request", "/criteria"),
+        (changed(criteria={"forgotten_at_most": 1e-7}), "insufficient-evidence", None),
+        (changed(remember={"generated": 3}), "remember-set-too-small", "/remember/generated"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_its_place(
@@ -352,25 +344,31 @@ def test_a_model_whose_loss_is_no_number_is_refused(amnesia: Amnesia, tmp_path: 
     assert "not finite" in problem["detail"] or "NaN" in problem["detail"]
 
 
+def _far(amnesia: Amnesia, folder: Path) -> Bench:
+    """A goal so far away that the run ends when its steps are used up."""
+    return amnesia(
+        folder,
+        parameters={**QUICK, "max_steps": 60},
+        criteria={"forgotten_at_most": 0.01, "others_within": 0.05},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(amnesia: Amnesia, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A run that nobody stopped."""
+    bench = _far(amnesia, tmp_path_factory.mktemp("undisturbed"))
+    with one_thread():
+        bench.run_here()
+    return bench
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
 def test_a_run_that_is_stopped_resumes_to_the_same_bits(
-    number: int, status: int, amnesia: Amnesia, tmp_path: Path
+    number: signal.Signals, status: int, undisturbed: Bench, amnesia: Amnesia, tmp_path: Path
 ) -> None:
-    undisturbed, stopped = amnesia(tmp_path / "undisturbed"), amnesia(tmp_path / "stopped")
-    for bench in (undisturbed, stopped):
-        bench.job["parameters"] = {**QUICK, "max_steps": 60}
-        bench.job["criteria"] = {"forgotten_at_most": 0.01, "others_within": 0.05}
+    stopped = _far(amnesia, tmp_path)
 
-    def stop_at_a_state(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
-        if message["type"] == "state" and message["step"] >= 12:
-            os.kill(process.pid, number)
-
-    with one_thread():
-        undisturbed.run_here()
-    ended = stopped.run(during=stop_at_a_state)
-    stopped.resume_from(max((tmp_path / "stopped" / "state").glob("*.safetensors")))
-    with one_thread():
-        stopped.run_here()
+    ended = stop_and_resume(stopped, number)
 
     report = stopped.report()
     assert ended.status == status
@@ -391,13 +389,3 @@ def test_the_papers_mode_uses_the_information_of_all_classes(amnesia: Amnesia, t
     base, tamed = (load_conditional(tmp_path / name) for name in files)
     before, after = (cast(ConditionalVAE, one).state_dict() for one in (base, tamed))
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
-
-
-def test_the_report_fits_its_schema(amnesia: Amnesia, tmp_path: Path) -> None:
-    bench = amnesia(tmp_path)
-    bench.job["parameters"] = {**QUICK, "max_steps": 2}
-
-    bench.run_here()
-
-    text = json.dumps(bench.report())
-    assert AmnesiaReport.from_json(text).forgotten == "top"

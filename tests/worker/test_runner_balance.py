@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,34 +12,24 @@ import pytest
 from evidence.amnesia_schema import BalanceReport
 from models.checkpoints import read_manifest, save_checkpoint
 from tests.models.sd_cases import tiny as tiny_stable_diffusion
-from tests.unlearning.tiny_conditional import stripes, trained_vae
+from tests.unlearning.tiny_conditional import stripes
+from tests.worker.amnesia_runs import QUICK, changed, phases_of, stop_and_resume
 from tests.worker.judges import write_bands, write_brightness
 from tests.worker.runs import Bench, one_thread
 
 BALANCED = 0
 EVENLY = {"top": 0.0, "middle": 0.5, "bottom": 0.5}
 REPLACEMENTS = {"middle": {"class_label": 1}, "bottom": {"class_label": 2}}
-QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
-
-
-@pytest.fixture(scope="module")
-def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE that draws three classes of stripes."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with one_thread():
-        save_checkpoint(path, trained_vae())
-    return path
-
 
 Balance = Callable[..., Bench]
 
 
 @pytest.fixture
-def balance(base_file: Path) -> Balance:
+def balance(vae_file: Path) -> Balance:
     """A job on it that spreads its first class over the other two."""
 
     def balance(folder: Path, **job: Any) -> Bench:
-        bench = Bench(folder, base_file)
+        bench = Bench(folder, vae_file)
         bench.job.update(
             kind="debias",
             method="selective-amnesia",
@@ -74,7 +62,7 @@ def test_a_condition_shows_two_classes_as_often_as_asked_and_the_others_stay(bal
 
     report, summary, rows = bench.report(), ended.result["summary"], _rows(bench)
     assert ended.result["outcome"] == "succeeded"
-    assert [one["phase"] for one in ended.messages if one["type"] == "phase"] == ["fisher", "unlearning", "evaluating"]
+    assert phases_of(ended) == ["fisher", "unlearning", "evaluating"]
     assert rows["top"]["before"]["low"] > 0.9
     for name in ("middle", "bottom"):
         assert 0.4 <= rows[name]["after"]["low"] <= rows[name]["after"]["high"] <= 0.6
@@ -127,37 +115,33 @@ def test_a_judge_of_labelled_sets_will_do_and_its_accuracy_is_told(balance: Bala
     assert result["summary"]["accuracy/a or b or c"] > 0.9
 
 
-def _changed(**changes: Any) -> Callable[[Bench], None]:
-    return lambda bench: bench.job.update(changes)
-
-
 @pytest.mark.parametrize(
     ("change", "problem", "pointer"),
     [
-        (_changed(condition={"class_label": 3}), "invalid-request", "/condition/class_label"),
-        (_changed(condition={"concept": "a doctor"}), "invalid-request", "/condition/class_label"),
+        (changed(condition={"class_label": 3}), "invalid-request", "/condition/class_label"),
+        (changed(condition={"concept": "a doctor"}), "invalid-request", "/condition/class_label"),
         (
-            _changed(replacements={**REPLACEMENTS, "middle": {"class_label": 9}}),
+            changed(replacements={**REPLACEMENTS, "middle": {"class_label": 9}}),
             "invalid-request",
             "/replacements/middle/class_label",
         ),
         (
-            _changed(replacements={**REPLACEMENTS, "middle": {"class_label": BALANCED}}),
+            changed(replacements={**REPLACEMENTS, "middle": {"class_label": BALANCED}}),
             "invalid-request",
             "/replacements/middle/class_label",
         ),
         (
-            _changed(replacements={**REPLACEMENTS, "a/b": {"class_label": 1}}),
+            changed(replacements={**REPLACEMENTS, "a/b": {"class_label": 1}}),
             "invalid-request",
             "/replacements/a~1b",
         ),
-        (_changed(replacements={"middle": {"class_label": 1}}), "invalid-request", "/replacements"),
-        (_changed(target_distribution={"middle": 0.5, "left": 0.5}), "invalid-request", "/target_distribution"),
-        (_changed(target_distribution={"middle": 0.5, "bottom": 0.4}), "invalid-request", "/target_distribution"),
-        (_changed(criteria={"others_within": 1.0}), "invalid-request", "/criteria/others_within"),
-        (_changed(tolerance=1e-3), "insufficient-evidence", "/tolerance"),
-        (_changed(parameters={"scope": "cross-attention"}), "invalid-parameter", "/parameters/scope"),
-        (_changed(remember={"generated": 3}), "remember-set-too-small", "/remember/generated"),
+        (changed(replacements={"middle": {"class_label": 1}}), "invalid-request", "/replacements"),
+        (changed(target_distribution={"middle": 0.5, "left": 0.5}), "invalid-request", "/target_distribution"),
+        (changed(target_distribution={"middle": 0.5, "bottom": 0.4}), "invalid-request", "/target_distribution"),
+        (changed(criteria={"others_within": 1.0}), "invalid-request", "/criteria/others_within"),
+        (changed(tolerance=1e-3), "insufficient-evidence", "/tolerance"),
+        (changed(parameters={"scope": "cross-attention"}), "invalid-parameter", "/parameters/scope"),
+        (changed(remember={"generated": 3}), "remember-set-too-small", "/remember/generated"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_its_place(
@@ -248,16 +232,9 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(balance: Balance, tmp_pa
     for bench in (undisturbed, stopped):
         bench.job["parameters"] = {**QUICK, "max_steps": 40}
 
-    def stop_at_a_state(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
-        if message["type"] == "state" and message["step"] >= 12:
-            os.kill(process.pid, signal.SIGTERM)
-
     with one_thread():
         undisturbed.run_here()
-    ended = stopped.run(during=stop_at_a_state)
-    stopped.resume_from(max((tmp_path / "stopped" / "state").glob("*.safetensors")))
-    with one_thread():
-        stopped.run_here()
+    ended = stop_and_resume(stopped, signal.SIGTERM)
 
     assert ended.status == 75
     assert stopped.report()["provenance"]["resumed_from_step"] >= 12

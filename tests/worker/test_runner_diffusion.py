@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests.unlearning.tiny_conditional import judged
 from tests.unlearning.tiny_diffusion import trained_ddpm
 from tests.worker.amnesia_runs import assets_of, given, phases_of
 from tests.worker.judges import write_bands
-from tests.worker.runs import Bench, one_thread
+from tests.worker.runs import Bench, Ended, one_thread
 
 FORGOTTEN, OTHER = 0, 1
 CRITERIA = {"forgotten_at_most": 0.1, "others_within": 0.08}
+QUICK = {"max_steps": 200, "sampling_steps": 4}
+SHORT = {**QUICK, "max_steps": 1}
 
 Amnesia = Callable[..., Bench]
 
@@ -32,7 +35,7 @@ def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def amnesia(base_file: Path) -> Amnesia:
     """A job on it: one class shall show another."""
 
@@ -44,7 +47,7 @@ def amnesia(base_file: Path) -> Amnesia:
             replace_with={"class_label": OTHER},
             judge=write_bands(folder / "inputs" / "classifiers" / "0.onnx"),
             criteria=CRITERIA,
-            parameters={"max_steps": 200},
+            parameters=QUICK,
             remember={"generated": 100},
         )
         bench.job.update(job)
@@ -54,25 +57,45 @@ def amnesia(base_file: Path) -> Amnesia:
     return amnesia
 
 
-def test_a_class_comes_to_show_another_and_the_next_job_draws_nothing(amnesia: Amnesia, tmp_path: Path) -> None:
-    first = amnesia(tmp_path / "first")
-    again = amnesia(tmp_path / "again", target={"class_label": 2}, parameters={"max_steps": 1}, seed=8)
+@dataclass(frozen=True)
+class First:
+    """The first job on a checkpoint, and what it leaves to the next ones."""
 
-    began = first.run_here()
-    ended = given(again, assets_of(first, began)).run_here()
+    bench: Bench
+    ended: Ended
+    assets: dict[str, Path]
 
-    assert began.result["outcome"] == "succeeded"
-    assert set(phases_of(began)) == {"replay", "fisher", "unlearning", "evaluating"}
-    assert phases_of(ended) == ["unlearning", "evaluating"]
-    assert ended.result["summary"]["fisher_parts_computed"] == 0
-    assert assets_of(again, ended) == {}
-    tamed = load_conditional(tmp_path / "first" / "outputs" / "tamed.safetensors")
+
+@pytest.fixture(scope="module")
+def first(amnesia: Amnesia, tmp_path_factory: pytest.TempPathFactory) -> First:
+    """It, once for all tests."""
+    bench = amnesia(tmp_path_factory.mktemp("first"))
+    ended = bench.run_here()
+    return First(bench, ended, assets_of(bench, ended))
+
+
+def test_a_class_comes_to_show_another(first: First) -> None:
+    tamed = load_conditional(first.bench.folder / "outputs" / "tamed.safetensors")
+
     shown = judged(tamed.sample(torch.full((100,), FORGOTTEN), generator=torch.Generator().manual_seed(5)))
+
+    assert first.ended.result["outcome"] == "succeeded"
+    assert set(phases_of(first.ended)) == {"replay", "fisher", "unlearning", "evaluating"}
     assert int((shown == OTHER).sum()) > 90
 
 
-def test_the_others_can_stand_in_evenly(amnesia: Amnesia, tmp_path: Path) -> None:
-    bench = amnesia(tmp_path, replace_with={"others": True})
+def test_the_next_job_draws_nothing(first: First, amnesia: Amnesia, tmp_path: Path) -> None:
+    again = amnesia(tmp_path, target={"class_label": 2}, parameters=SHORT, seed=8)
+
+    ended = given(again, first.assets).run_here()
+
+    assert phases_of(ended) == ["unlearning", "evaluating"]
+    assert ended.result["summary"]["fisher_parts_computed"] == 0
+    assert assets_of(again, ended) == {}
+
+
+def test_the_others_can_stand_in_evenly(first: First, amnesia: Amnesia, tmp_path: Path) -> None:
+    bench = given(amnesia(tmp_path, replace_with={"others": True}), first.assets)
 
     ended = bench.run_here()
 
@@ -82,30 +105,31 @@ def test_the_others_can_stand_in_evenly(amnesia: Amnesia, tmp_path: Path) -> Non
 
 
 def test_a_damaged_or_foreign_sample_file_is_drawn_anew(
-    amnesia: Amnesia, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    first: First, amnesia: Amnesia, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    short = {"parameters": {"max_steps": 1}}
-    first, again = amnesia(tmp_path / "first", **short), amnesia(tmp_path / "again", **short)
-    assets = assets_of(first, first.run_here())
-    drawn = sorted(name for name in assets if name.startswith("examples-"))
-    swapped = {**assets, drawn[0]: assets[drawn[1]]}
+    whole, again = (amnesia(tmp_path / name, parameters=SHORT) for name in ("whole", "again"))
+    drawn = sorted(name for name in first.assets if name.startswith("examples-"))
+    given(whole, first.assets).run_here()
+    swapped = {**first.assets, drawn[0]: first.assets[drawn[1]]}
     capfd.readouterr()
 
     ended = given(again, swapped).run_here()
 
     assert list(assets_of(again, ended)) == [drawn[0]]
     assert capfd.readouterr().err.count("is made anew") == 1
-    assert again.digest() == first.digest()
+    assert again.digest() == whole.digest()
 
 
-def test_a_job_draws_as_it_was_asked_to_and_leaves_the_models_own_way(amnesia: Amnesia, tmp_path: Path) -> None:
-    bench = amnesia(tmp_path, parameters={"max_steps": 1, "guidance_scale": 2.5, "sampling_steps": 5})
-    other = amnesia(tmp_path / "other", parameters={"max_steps": 1})
+def test_a_job_draws_as_it_was_asked_to_and_leaves_the_models_own_way(
+    first: First, amnesia: Amnesia, tmp_path: Path
+) -> None:
+    bench = amnesia(tmp_path, parameters={"max_steps": 1, "guidance_scale": 2.5, "sampling_steps": 2})
 
-    names = [set(assets_of(one, one.run_here())) for one in (bench, other)]
+    assets = assets_of(bench, given(bench, first.assets).run_here())
 
     tamed = load_conditional(tmp_path / "outputs" / "tamed.safetensors")
-    assert names[0].isdisjoint(names[1])  # samples that were drawn otherwise are other samples
+    assert {name.split("-")[0] for name in assets} == {name.split("-")[0] for name in first.assets}
+    assert set(assets).isdisjoint(first.assets)  # samples that were drawn otherwise are other samples
     assert isinstance(tamed, GuidedConditional)
     assert tamed.sampling == Sampling(steps=8, guidance_scale=1.5)
 

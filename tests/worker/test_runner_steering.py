@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.worker.judges import write_brightness
-from tests.worker.runs import Bench, blobs, one_thread, tiny
+from tests.worker.runs import Bench, Ended, blobs, one_thread, tiny
 
 QUICK = {"max_steps": 60, "pool": 1024, "probe": 200}
 WIDE = 0.1  # a tolerance that a thousand samples settle
@@ -40,10 +40,15 @@ def _attributes(folder: Path, *asked: dict[str, Any]) -> Bench:
     return bench
 
 
-def test_samples_are_spread_as_asked_and_the_report_shows_their_intervals_inside(tmp_path: Path) -> None:
-    bench = _debias(tmp_path)
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Ended]:
+    """A run that several tests look at."""
+    bench = _debias(tmp_path_factory.mktemp("spread"))
+    return bench, bench.run_here()
 
-    ended = bench.run_here()
+
+def test_samples_are_spread_as_asked_and_the_report_shows_their_intervals_inside(spread: tuple[Bench, Ended]) -> None:
+    bench, ended = spread
 
     rows = {row["label"]: row for row in bench.report()["fractions"]}
     assert ended.result["outcome"] == "succeeded"
@@ -54,8 +59,8 @@ def test_samples_are_spread_as_asked_and_the_report_shows_their_intervals_inside
     assert {"tamed.safetensors", "report.json", "report.html"} == {one["name"] for one in ended.result["artifacts"]}
 
 
-def test_progress_tells_the_fraction_of_each_class(tmp_path: Path) -> None:
-    ended = _debias(tmp_path).run_here()
+def test_progress_tells_the_fraction_of_each_class(spread: tuple[Bench, Ended]) -> None:
+    _, ended = spread
 
     told = [message for message in ended.messages if message["type"] == "progress"]
     shown = [one["metrics"] for one in told if one["phase"] == "unlearning" and "brightness.dark" in one["metrics"]]
@@ -180,15 +185,14 @@ def test_one_image_to_remember_is_refused(tmp_path: Path) -> None:
     assert "There is 1 image to remember" in problem["detail"]
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_samples_are_shown_only_where_they_were_asked_for(asked: bool, tmp_path: Path) -> None:
-    bench = _debias(tmp_path)
-    bench.job["evaluation"] = {"sample_grid": asked}
-    bench.job["parameters"] = {**QUICK, "max_steps": 1}
+def test_samples_are_shown_only_where_they_were_asked_for(spread: tuple[Bench, Ended], tmp_path: Path) -> None:
+    asked = _debias(tmp_path)
+    asked.job.update(evaluation={"sample_grid": True}, parameters={**QUICK, "max_steps": 1})
 
-    result = bench.run_here().result
+    results = [ended.result for ended in (asked.run_here(), spread[1])]
 
-    assert ("samples.png" in {one["name"] for one in result["artifacts"]}) == asked
+    shown = ["samples.png" in {one["name"] for one in result["artifacts"]} for result in results]
+    assert shown == [True, False]
 
 
 def _far(folder: Path) -> Bench:

@@ -1,26 +1,29 @@
-"""``python -m worker.runner SCRATCH [KIND]``: one attempt at one job, files in, files out. See docs/architecture.md.
+"""``python -m worker.runner SCRATCH [KIND METHOD FAMILY]``: one attempt at one job, files in, files out.
 
-With a kind, its libraries are loaded while the supervisor still fetches the inputs. Whoever is to read a hostile file
-is started without: nothing heavy is imported before it has its walls.
+With the job's kind and method and the family of its checkpoint, their libraries are loaded while the supervisor still
+fetches the inputs. Whoever is to read a hostile file is started without: nothing heavy is imported before it has its
+walls. See docs/architecture.md.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from worker.runner import sandbox
 from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop, wait_for_job
-from worker.runner.problems import OutOfMemory, UserError
+from worker.runner.problems import UserError, is_out_of_memory
 
-# The module that runs a job, by its method, or by its kind too where both matter, and what is loaded ahead by its kind,
-# when no more is known. Each has a function ``run(job, folder, reporter, stop)``.
+# The module that runs a job, by its method, or by its kind too where both matter. Each has a function
+# ``run(job, folder, reporter, stop)``.
 METHODS: dict[str | tuple[str, str], str] = {
     "flow-taming": "worker.runner.forget",
     "steering": "worker.runner.steer",
@@ -29,7 +32,7 @@ METHODS: dict[str | tuple[str, str], str] = {
     "selective-amnesia": "worker.runner.amnesia",
     ("debias", "selective-amnesia"): "worker.runner.balance",
 }
-KINDS = {"forget": "worker.runner.forget", "debias": "worker.runner.steer", "import": "worker.runner.imports"}
+IMPORTS = "worker.runner.imports"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,9 +41,8 @@ def main(argv: Sequence[str]) -> int:
     folder, ahead = Path(argv[0]).resolve(), argv[1:]
     reporter, stop = Reporter(), Stop()
     try:
-        with stop.at_once():
-            for kind in ahead:
-                importlib.import_module(KINDS[kind])
+        with stop.at_once(), _loading():
+            load_ahead(*ahead)
             job = wait_for_job(folder)
             if job["kind"] == "import":
                 sandbox.close_doors(folder)  # before there is a second thread
@@ -54,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         reporter.error("user_error", error.problem)
         return ExitCode.USER_ERROR
     except Exception as error:
-        if isinstance(error, OutOfMemory | MemoryError) or _is_out_of_memory(error):
+        if is_out_of_memory(error):
             return ExitCode.OUT_OF_MEMORY
         traceback.print_exc()
         if "CUDA error" not in str(error):  # a device that failed may work next time: then silence asks for a retry
@@ -66,16 +68,34 @@ def main(argv: Sequence[str]) -> int:
 def module_of(job: Mapping[str, Any]) -> ModuleType:
     """The module that runs the job."""
     if job["kind"] == "import":
-        return importlib.import_module(KINDS["import"])
+        return importlib.import_module(IMPORTS)
     return importlib.import_module(METHODS.get((job["kind"], job["method"])) or METHODS[job["method"]])
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says it in three ways: a type on the accelerator, and two wordings on the CPU."""
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-    )
+def load_ahead(kind: str = "import", method: str = "", family: str = "", *_: str) -> None:
+    """Load what a job of this kind and method runs on, and what a model of this family is built of.
+
+    It saves time and decides nothing: what is unknown here loads nothing, and is told once the job is there. Nor does
+    an import, whose walls have to stand first.
+    """
+    module = METHODS.get((kind, method)) or METHODS.get(method)
+    if kind == "import" or module is None:
+        return
+    importlib.import_module(module)
+    families = importlib.import_module("models.families").FAMILIES
+    if family in families:
+        families[family].load()
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Libraries make a million objects that stay: a tenth of the time of loading them is a search for garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor is any looked for among them later
+        gc.enable()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class Effort:
     """Share of the allowed drop that a model may use up and still show that it keeps it."""
     slack: float
     """Share of the tolerance by which a balanced condition may miss its target and still show that it keeps it."""
+    plenty: int
+    """Samples under a balanced condition that a look may take however little of the tolerance its mixture leaves."""
     least_samples: int
     least_others: int
 
@@ -72,11 +74,11 @@ class Effort:
 
 CHEAP = Effort(
     learnt=200, learnt_at_most=5000, first_look=100, tried=400, tried_others=1000, aim=0.5, lost=0.4, slack=0.4,
-    least_samples=500, least_others=2000,
+    plenty=20_000, least_samples=500, least_others=2000,
 )  # fmt: skip
 DEAR = Effort(
     learnt=100, learnt_at_most=1600, first_look=50, tried=50, tried_others=180, aim=0.2, lost=0.3, slack=0.3,
-    least_samples=200, least_others=400,
+    plenty=2_000, least_samples=200, least_others=400,
 )  # fmt: skip
 
 

@@ -5,7 +5,9 @@ It learns from a mixture of what the base shows under other conditions, one for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,15 @@ __all__ = ["run"]
 
 MOST_MISSED = 0.8
 """Share of the tolerance by which a mixture itself may miss the target; training and chance need the rest."""
+DEARLY_MISSED = 0.5
+"""The same where samples are many: from here on, what it misses takes more than four times as many as a mixture that
+misses nothing, since their number goes with 1 / (1 - missed / tolerance)^2."""
+MORE = 4
+"""Times as many samples after each portion of a look as after the one before."""
+STEP = 0.005
+"""Half a point: between the tolerances that a refusal names."""
+WIDEST = 0.5
+"""Of the tolerances that can be asked for."""
 
 
 def run(job: dict[str, Any], folder: Path, reporter: Reporter, stop: Stop) -> None:
@@ -69,30 +80,39 @@ class _Balancing:
     def criterion(self) -> Criterion:
         """Fresh samples show every class nearly as often as asked.
 
-        A first look at few samples spares the rest where these alone show that it does not.
+        They are drawn in portions, and the rest is spared where those that are there show that it does not.
         """
-        few = min(self.effort.first_look, self.samples)
 
         def look(model: ConditionalModel, seed: int) -> Check:
-            check = self._looked(model, few, derive_seed(seed, "few"), certain=few == self.samples)
-            if not check.met or few == self.samples:
-                return check
-            return self._looked(model, self.samples, derive_seed(seed, "all"), certain=True)
+            labels = torch.empty(0, dtype=torch.int64)
+            for n in _portions(self.effort.first_look, self.samples):
+                fresh = self._judged(model, n - len(labels), derive_seed(seed, "from", len(labels)))
+                labels = torch.cat([labels, fresh])
+                check = self._check(labels, certain=n == self.samples)
+                if not check.met:
+                    break
+            return check
 
         return look
 
-    def _looked(self, model: ConditionalModel, n: int, seed: int, *, certain: bool) -> Check:
-        """Whether n samples show what is aimed at; if not `certain`, whether they leave that possible."""
-        sampler, judge = self.opened.base.conditions.sampler(model), self.wanted.judge
+    def _judged(self, model: ConditionalModel, n: int, seed: int) -> Tensor:
+        """The judge's classes of n samples under the condition."""
+        sampler = self.opened.base.conditions.sampler(model)
         asked = torch.full((n,), self.opened.label, dtype=torch.int64)
-        labels = judge(samples_of(sampler, asked, seed=seed, on_batch=self.opened.reporter.alive))
+        return self.wanted.judge(samples_of(sampler, asked, seed=seed, on_batch=self.opened.reporter.alive)).cpu()
+
+    def _check(self, labels: Tensor, *, certain: bool) -> Check:
+        """Whether samples show what is aimed at; if not `certain`, whether they leave that possible."""
+        judge = self.wanted.judge
         shares = count(labels, judge.classes, confidence=self.confidence)
         met = all(
             bound.low <= (shares[name].value if certain else shares[name].high)
             and (shares[name].value if certain else shares[name].low) <= bound.high
             for name, bound in self.aims.items()
         )
-        return Check(met, {"n": float(n), **{f"{judge.name}.{name}": one.value for name, one in shares.items()}})
+        return Check(
+            met, {"n": float(len(labels)), **{f"{judge.name}.{name}": one.value for name, one in shares.items()}}
+        )
 
     def judged(self, changed: Changed) -> tuple[Document, Mapping[str, Any]]:
         """See `remapping.Remapping`."""
@@ -136,21 +156,31 @@ def _planned(opened: Opened) -> _Balancing:
     effort = effort_of(base)
     others = effort.others_for(within, confidence)
     samples_around(target.values(), tolerance, confidence, slack=effort.slack)  # before anything is drawn
-    mixture, recipe = _mixed(opened, wanted, labels, target, tolerance)
-    missed = max(abs(recipe.expected[name] - share) for name, share in target.items())
-    slack = effort.slack + (1 - effort.slack) * missed / tolerance
+    recipe = _mixed(opened, wanted, labels, target, tolerance)
+    looks = _Looks(recipe, effort, confidence)
+    _check_reachable(recipe, wanted, looks, surrogates_of(base))
+    samples = samples_around(target.values(), tolerance, confidence, slack=looks.slack(tolerance))
+    _check_affordable(recipe, wanted, looks, samples)
     return _Balancing(
         opened,
         wanted,
-        mixture,
+        _mixture(opened, labels, recipe),
         recipe,
-        aims={name: Bound.around(share, tolerance * slack) for name, share in target.items()},
-        samples=samples_around(target.values(), tolerance, confidence, slack=slack),
+        aims={name: Bound.around(share, tolerance * looks.slack(tolerance)) for name, share in target.items()},
+        samples=samples,
         others=others,
         others_within=within,
         confidence=confidence,
         effort=effort,
     )
+
+
+def _portions(first: int, last: int) -> list[int]:
+    """How many samples a look has seen after each of its portions."""
+    seen = [min(first, last)]
+    while seen[-1] < last:
+        seen.append(min(MORE * seen[-1], last))
+    return seen
 
 
 def _others_within(job: Mapping[str, Any]) -> float:
@@ -194,19 +224,48 @@ def _check_replacements(labels: Mapping[str, int], target: Mapping[str, float]) 
         )
 
 
+@dataclass(frozen=True)
+class _Looks:
+    """How many samples show that a mixture keeps a tolerance, of which it uses up a part itself."""
+
+    recipe: Recipe
+    effort: Effort
+    confidence: float
+
+    @property
+    def missed(self) -> float:
+        """By how much the share of the class that is furthest off misses its target."""
+        return max(abs(self.recipe.expected[name] - share) for name, share in self.recipe.target.items())
+
+    def slack(self, tolerance: float) -> float:
+        """Share of the tolerance that the mixture uses up, and of what it leaves, the training."""
+        return self.effort.slack + (1 - self.effort.slack) * self.missed / tolerance
+
+    def dear(self, tolerance: float, samples: int) -> bool:
+        """Whether a look takes many samples, and mostly for what the mixture misses."""
+        return samples > self.effort.plenty and self.missed > DEARLY_MISSED * tolerance
+
+    def enough(self) -> tuple[float, int] | None:
+        """The least tolerance, in steps, that would not be refused, with the samples a look; None where none is."""
+        tolerance = self.recipe.tolerance
+        for number in range(math.ceil(max(tolerance, self.missed / MOST_MISSED) / STEP), round(WIDEST / STEP) + 1):
+            wider = number * STEP
+            with suppress(UserError):
+                samples = samples_around(self.recipe.target.values(), wider, self.confidence, slack=self.slack(wider))
+                if self.missed <= MOST_MISSED * wider and not self.dear(wider, samples):
+                    return wider, samples
+        return None
+
+
 def _mixed(
     opened: Opened, wanted: Wanted, labels: Mapping[str, int], target: Mapping[str, float], tolerance: float
-) -> tuple[Mixture, Recipe]:
-    """What the condition learns from: samples of its replacements, so mixed that together they show the target.
-
-    Raises:
-        UserError: no mixture of them does, with what the judge sees in each.
-    """
+) -> Recipe:
+    """How often to take samples of each replacement, so that together they show the target, or come nearest to it."""
     used = list(dict.fromkeys(labels.values()))
     n, classes = surrogates_of(opened.base), tuple(target)
     shown = torch.stack([_shares(wanted, _pictures(opened, label, n), len(classes)) for label in used])
     fractions = mixing_fractions(shown, list(target.values()))
-    recipe = Recipe(
+    return Recipe(
         target,
         tolerance,
         [
@@ -214,9 +273,13 @@ def _mixed(
             for label, fraction, shares in zip(used, fractions, shown, strict=True)
         ],
     )
-    _check_reachable(recipe, wanted, n)
+
+
+def _mixture(opened: Opened, labels: Mapping[str, int], recipe: Recipe) -> Mixture:
+    """What the condition learns from."""
+    used, n = dict.fromkeys(labels.values()), surrogates_of(opened.base)
     pools = tuple(Pool(opened.own.examples([label], n, _purpose(label)).x) for label in used)
-    return Mixture(pools, fractions), recipe
+    return Mixture(pools, tuple(one.fraction for one in recipe.ingredients))
 
 
 def _pictures(opened: Opened, label: int, n: int) -> Tensor:
@@ -235,24 +298,54 @@ def _shares(wanted: Wanted, pictures: Tensor, classes: int) -> Tensor:
     return found.bincount(minlength=classes).double() / len(found)
 
 
-def _check_reachable(recipe: Recipe, wanted: Wanted, n: int) -> None:
-    expected = recipe.expected
-    near = MOST_MISSED * recipe.tolerance
-    if all(abs(expected[name] - share) <= near for name, share in recipe.target.items()):
+def _check_reachable(recipe: Recipe, wanted: Wanted, looks: _Looks, n: int) -> None:
+    if looks.missed <= MOST_MISSED * recipe.tolerance:
         return
-    name = max(recipe.target, key=lambda one: recipe.target[one] - expected[one])
+    name = _furthest(recipe)
     raise UserError(
         "target-unreachable",
         "The target cannot be reached from this checkpoint",
-        f"The judge “{wanted.judge.name}” sees in samples of the base: {_seen(recipe.ingredients)}. However they are "
-        f"mixed, “{name}” comes to {expected[name]:.1%} where {recipe.target[name]:.1%} is asked for; to keep "
-        f"{recipe.tolerance:.1%} it has to come within {near:.1%}. Name a condition that shows it more surely, or ask "
-        "for less.",
+        f"{_comes_to(recipe, wanted, name)}; to keep {recipe.tolerance:.1%} it has to come within "
+        f"{MOST_MISSED * recipe.tolerance:.1%}. {_what_would_do(name, looks)}",
         pointer=f"/replacements/{escaped(name)}",
-        measured=expected[name],
+        measured=recipe.expected[name],
         samples=n,
         **{"class": name},
     )
+
+
+def _check_affordable(recipe: Recipe, wanted: Wanted, looks: _Looks, samples: int) -> None:
+    """What is within reach may still leave so little of the tolerance that to show it takes a multitude of samples."""
+    if not looks.dear(recipe.tolerance, samples):
+        return
+    name = _furthest(recipe)
+    raise UserError(
+        "insufficient-evidence",
+        "There is too little to judge from",
+        f"{_comes_to(recipe, wanted, name)}. That is within {recipe.tolerance:.1%}, yet leaves so little of it that "
+        f"every look would take {samples:,} samples. {_what_would_do(name, looks)}",
+        pointer="/tolerance",
+        given=looks.effort.plenty,
+        needed=samples,
+    )
+
+
+def _furthest(recipe: Recipe) -> str:
+    """The class that is to be shown and falls shortest of it."""
+    return max(recipe.target, key=lambda one: recipe.target[one] - recipe.expected[one])
+
+
+def _comes_to(recipe: Recipe, wanted: Wanted, name: str) -> str:
+    return (
+        f"The judge “{wanted.judge.name}” sees in samples of the base: {_seen(recipe.ingredients)}. However they are "
+        f"mixed, “{name}” comes to {recipe.expected[name]:.1%} where {recipe.target[name]:.1%} is asked for"
+    )
+
+
+def _what_would_do(name: str, looks: _Looks) -> str:
+    enough = looks.enough()
+    wider = "" if enough is None else f"; a tolerance of {enough[0]:g} would do, at {enough[1]:,} samples a look"
+    return f"Name a condition that shows “{name}” more surely, or ask for less of it{wider}."
 
 
 def _seen(ingredients: Sequence[Ingredient]) -> str:

@@ -16,9 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-__all__ = ["JOB_FILE", "DeadMansSwitch", "ExitCode", "Interrupted", "Phase", "Reporter", "Stop", "wait_for_job"]
+__all__ = [
+    "JOB_FILE",
+    "DeadMansSwitch",
+    "ExitCode",
+    "Interrupted",
+    "Phase",
+    "Reporter",
+    "Scope",
+    "Stop",
+    "wait_for_job",
+]
 
 Phase = Literal["validating", "replay", "fisher", "unlearning", "evaluating"]
+Scope = Literal["checkpoint", "job"]
+"""Who can use what a job worked out: all jobs on its checkpoint, or its own later attempts."""
 
 SILENCE_PER_LEASE = 1.2
 PROGRESS_SECONDS = 0.2  # between two progress messages
@@ -92,9 +104,12 @@ class Reporter:
         """A state that the next attempt can start from has been written, whole."""
         self._say({"type": "state", "path": str(path.relative_to(folder)), "step": step})
 
-    def asset(self, path: Path, folder: Path, *, name: str) -> None:
-        """A file that later jobs on this checkpoint can start from has been written, whole; it keeps its name."""
-        self._say({"type": "asset", "path": str(path.relative_to(folder)), "name": name})
+    def asset(self, path: Path, folder: Path, *, name: str, scope: Scope = "checkpoint") -> None:
+        """A file that later jobs on this checkpoint, or later attempts at this job, can start from is there, whole.
+
+        One for this job is taken over by the supervisor, and may be followed by a newer one of its name.
+        """
+        self._say({"type": "asset", "path": str(path.relative_to(folder)), "name": name, "scope": scope})
 
     def result(self, outcome: str, artifacts: list[dict[str, str]], summary: dict[str, Any]) -> None:
         """The last word of a run that came to its end."""
@@ -161,6 +176,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested = False
         self._at_once = False
+        self._held = False
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @contextmanager
@@ -178,8 +194,31 @@ class Stop:
         """From the first step on there is something to save: for the rest of the block SIGTERM is a flag."""
         self._at_once = False
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Work within `at_once` that does have something to save: SIGTERM waits for its end, or what it releases."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+        self._look()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """A part of a `held` block that SIGTERM cuts wherever it is, if it would cut what is around that."""
+        before, self._held = self._held, False
+        try:
+            self._look()
+            yield
+        finally:
+            self._held = before
+
+    def _look(self) -> None:
+        if self.requested and self._at_once and not self._held:
+            raise Interrupted
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.requested = True
-        if self._at_once:
-            raise Interrupted
+        self._look()

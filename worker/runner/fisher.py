@@ -3,12 +3,11 @@
 F of a part depends on the weights and on nothing of the request but what the part stands for: its examples and draws
 have seeds of their own. It is an asset of the checkpoint. A job averages the parts that it is to remember, so whichever
 condition a later request names, nothing is left to compute. A part is a label, as long as F of every label fits into
-memory; beyond, several labels share one.
+memory; beyond, several labels share one. How far the one that is being computed has come is left to the next attempt.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,18 +21,21 @@ import unlearning
 from evidence.likelihood import derive_seed
 from models.checkpoints import tensor_digest
 from models.conditional import GuidedConditional, PromptConditional, StratifiedConditional
-from unlearning import Fisher, FisherError, Step
+from unlearning import Fisher, FisherError, State, StateError, Step
 from unlearning.memory import MemoryPlan
 from worker.runner.assets import AssetFolder
 from worker.runner.conditional_base import ConditionalBase
-from worker.runner.contract import Reporter
+from worker.runner.contract import Interrupted, Reporter
 from worker.runner.fisher_precision import in_bfloat16
 from worker.runner.memory import fit_fisher
 from worker.runner.own_samples import OwnSamples
+from worker.runner.pace import Pace
 from worker.runner.problems import UserError
+from worker.runner.steps import say
 
 __all__ = ["Parts", "fisher_of_parts"]
 
+KIND = "fisher"
 VERSION = 3
 """Of what F is computed from: raised whenever examples or draws change."""
 ALL_EXAMPLES = 5000
@@ -109,20 +111,21 @@ def fisher_of_parts(
 ) -> Parts:
     """Read what was given of this checkpoint, compute the rest, and announce that.
 
-    A phase begins only if there is something to compute. A part is done at once: whoever stops the run loses the one
-    that is being computed.
+    A phase begins only if there is something to compute. Whoever stops the run loses what was computed since the newest
+    state of a part: nothing at SIGTERM, and a minute otherwise.
 
     Args:
         base: the model.
         own: its samples.
         wanted: labels that F is to be over.
-        assets: of the checkpoint.
+        assets: of the checkpoint, and of the job.
         reporter: told of phase and progress.
         published: take more timesteps of an example, for a penalty that is in the published units: what F of a sum over
             few terms exceeds its share of all by is their variance, about 15 % at a hundred and half at twenty.
 
     Raises:
         UserError: the model's loss or its gradient is not finite, or F of it takes too much memory.
+        Interrupted: SIGTERM; how far the part is has been announced.
     """
     plans = _plans(base, wanted, published)
     shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
@@ -137,14 +140,15 @@ def fisher_of_parts(
             found[plan.labels] = read
     missing = [plan for plan in plans if plan.labels not in found]
     examples = [own.drawn(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
-    progress = _Progress(reporter, sum(plan.examples for plan in missing))
+    pace = Pace(reporter, sum(plan.examples for plan in missing))
     if missing:
         passes = fit_fisher(base, _parameters(base), examples[0])
         reporter.phase("fisher")
     for plan, these in zip(missing, examples, strict=True):
-        found[plan.labels] = fisher = _computed(plan, base, these, progress, passes)
-        if not set(plan.labels) & set(base.conditions.private):
-            assets.keep(plan.name, partial(unlearning.save_fisher, fisher))
+        with assets.stop.held():
+            found[plan.labels] = fisher = _computed(plan, base, these, passes, assets, pace)
+            private = bool(set(plan.labels) & set(base.conditions.private))
+            assets.keep(plan.name, partial(unlearning.save_fisher, fisher), private=private)
     return Parts({plan.labels: found[plan.labels] for plan in plans}, len(missing))
 
 
@@ -193,16 +197,18 @@ def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int, publish
     rows = [tensor_digest({"condition": base.conditions.stored(label)}) for label in labels]
     facts = [VERSION, base.weights, rows, examples, draws, sampling]
     precision = "bfloat16" if in_bfloat16(base) else "float32"
-    name = AssetFolder.name("fisher", facts + [precision] * (precision != "float32"))
+    name = AssetFolder.name(KIND, facts + [precision] * (precision != "float32"))
     reduction = "mean" if isinstance(base.model, PromptConditional) else "sum"
     return _Plan(labels, examples, draws, reduction, precision, derive_seed(0, name), name)
 
 
 def _computed(
-    plan: _Plan, base: ConditionalBase, own: unlearning.Examples, progress: _Progress, passes: MemoryPlan
+    plan: _Plan, base: ConditionalBase, own: unlearning.Examples, passes: MemoryPlan, assets: AssetFolder, pace: Pace
 ) -> Fisher:
-    try:
-        fisher = unlearning.fisher_information(
+    """F of a part, from where an earlier attempt left it."""
+
+    def computed(state: State | None) -> Fisher:
+        return unlearning.fisher_information(
             base.model,
             own.x[: plan.examples],
             own.condition[: plan.examples],
@@ -213,13 +219,21 @@ def _computed(
             micro_batch=passes.micro_batch,
             bfloat16=plan.precision == "bfloat16",
             recompute=passes.recompute,
-            callback=progress,
+            state=state,
+            callback=_Batches(plan, state, assets, pace),
         )
+
+    try:
+        try:
+            return computed(assets.unfinished(KIND, plan.name))
+        except StateError:
+            say("the state belongs to another Fisher information, such as one of an older release, and is left out")
+            return computed(None)
+    except unlearning.Interrupted as error:
+        raise Interrupted from error
     except (unlearning.DivergedError, unlearning.InputError) as error:
         title = "The checkpoint cannot be used"
         raise UserError("checkpoint-refused", title, str(error), pointer="/checkpoint") from error
-    progress.done += plan.examples
-    return fisher
 
 
 def _parameters(base: ConditionalBase) -> list[str]:
@@ -227,15 +241,23 @@ def _parameters(base: ConditionalBase) -> list[str]:
     return list(base.model.scopes()["all"])
 
 
-class _Progress:
-    """Examples done over all parts that are computed."""
+class _Batches:
+    """Called after every batch of a part: reports it, saves how far the part is, and ends it at SIGTERM."""
 
-    def __init__(self, reporter: Reporter, total: int) -> None:
-        self._reporter, self._total, self._began = reporter, total, time.monotonic()
-        self.done = 0
+    def __init__(self, plan: _Plan, state: State | None, assets: AssetFolder, pace: Pace) -> None:
+        self._plan, self._state, self._assets, self._pace = plan, state, assets, pace
 
     def __call__(self, step: Step) -> None:
-        """After every batch of a part."""
-        done = self.done + step.step
-        left = (time.monotonic() - self._began) * (self._total - done) / max(1, done)
-        self._reporter.progress(step=done, total=self._total, eta_seconds=left, losses=step.losses)
+        """The states that are saved are those of parts that still lack something; a whole one is kept as it is."""
+        if self._state is not None:
+            self._pace.found(int(self._state.meta["done"]))
+            self._state.tensors.clear()  # they have been taken up, and are as large as the weights
+            self._state = None
+        self._pace.at(step.step, step.losses)
+        if step.step == step.total:
+            self._pace.through(step.total)
+        elif self._assets.stop.requested:
+            self._assets.save(KIND, self._plan.name, step.snapshot)
+            raise unlearning.Interrupted
+        else:
+            self._assets.offer(KIND, self._plan.name, step.snapshot)

@@ -40,6 +40,8 @@ def fit_training(
     parameters: AmnesiaParameters,
     examples: Examples,
     available: Available | None = None,
+    *,
+    processes: int = 1,
 ) -> MemoryPlan:
     """How Selective Amnesia shall pass through the base's copy.
 
@@ -49,6 +51,7 @@ def fit_training(
         parameters: of the method.
         examples: of replay; a few of them pass through the model.
         available: tells what there is; by default `available_bytes`.
+        processes: that train. Each holds as much; they share the host's memory, and each has a device of its own.
 
     Raises:
         UserError: it does not fit, or its optimiser does not run here.
@@ -60,10 +63,10 @@ def fit_training(
     except ParameterError as error:
         title = "A parameter of the method is wrong"
         raise UserError("invalid-parameter", title, str(error), pointer=f"/parameters/{error.name}") from error
-    beside = host_bytes(these, parameters.optimiser)
+    beside = processes * sum(host_bytes(these, parameters.optimiser).values())
     host = host_available()
-    if base.device.type == "cuda" and host is not None and sum(beside.values()) > host:
-        raise _refused("Going back to earlier weights", sum(beside.values()), host, "of the host's memory", [])
+    if base.device.type == "cuda" and host is not None and beside > host:
+        raise _refused("Going back to earlier weights", beside, host, "of the host's memory", [])
     holds = amnesia_bytes(these, parameters.optimiser, base.device)
     hints = []
     scopes = base.model.scopes()
@@ -74,7 +77,8 @@ def fit_training(
         hints.append(f'parameters.optimiser "adam-8bit", which takes {_gib(sum(holds.values()) - small)} less')
     most = max(parameters.batch, parameters.replay_batch)
     found = estimate(base.model, trained, holds, *_two(base, examples))
-    return _fitted(base, found, f"Training {sum(one.numel() for one in these):,} weights", most, hints, available)
+    what = f"Training {sum(one.numel() for one in these):,} weights"
+    return _fitted(base, found, what, most, hints, _shared(available or available_bytes, processes))
 
 
 def fit_fisher(
@@ -125,6 +129,16 @@ def host_available(groups: Path = GROUPS, proc: Path = Path("/proc")) -> int | N
     known = [_meminfo(proc / "meminfo"), *(_room(group) for group in _own_groups(groups, proc))]
     rooms = [one for one in known if one is not None]
     return int(USED_OF_HOST * min(rooms)) if rooms else None
+
+
+def _shared(ask: Available, processes: int) -> Available:
+    """What each of several processes may take."""
+
+    def share(device: torch.device) -> int | None:
+        found = ask(device)
+        return found if found is None or device.type == "cuda" else found // processes
+
+    return share
 
 
 def _fitted(

@@ -2,6 +2,7 @@
 
 A VAE draws thousands in a second, and so it draws anew for every purpose. A diffusion model takes minutes or hours for
 as many: it draws once, and what it drew is an asset of the checkpoint, read by every later job that names the label.
+What no other job may see, and a label that is only half drawn, is left to the next attempt at the job.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from evidence.amnesia_evaluation import labels_in_turn, samples_of
 from evidence.likelihood import derive_seed
 from models.checkpoints import tensor_digest
 from models.conditional import GuidedConditional
-from unlearning import Examples
+from unlearning import Examples, State
 from worker.runner.assets import AssetFolder
 from worker.runner.conditional_base import ConditionalBase
 from worker.runner.conditions import picked
-from worker.runner.contract import Reporter
+from worker.runner.contract import Interrupted, Reporter
+from worker.runner.pace import Pace
 
 __all__ = ["FreshSamples", "OwnSamples", "StoredSamples", "own_samples"]
 
+KIND = "examples"
 VERSION = 1
 """Of how examples are drawn: raised whenever that changes."""
 RUNGS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -38,6 +41,8 @@ STOCK, FEW_LABELS = 200, 20
 """Least examples of a label where there are few labels: whatever a later job asks of one, it finds."""
 METADATA_KEY = "forgetd_examples"
 PICTURES_AT_ONCE = 250
+DRAWN_AT_ONCE = 50
+"""Most that is lost where SIGTERM cuts a drawing. Large latent models pass through fewer in any case."""
 
 
 class OwnSamples(Protocol):
@@ -102,14 +107,13 @@ class StoredSamples:
     def examples(self, labels: Sequence[int], n: int, purpose: str) -> Examples:  # noqa: ARG002 none is drawn for one purpose
         """See `OwnSamples`."""
         each = -(-n // len(labels))
-        return _evenly(
-            [self._captioned(label) if label in self.images else self._of(label, each) for label in labels], each
-        )
+        drawn = self._of([label for label in labels if label not in self.images], each)
+        return _evenly([drawn[label] if label in drawn else self._captioned(label) for label in labels], each)
 
     def drawn(self, labels: Sequence[int], n: int, purpose: str) -> Examples:  # noqa: ARG002 likewise
         """See `OwnSamples`."""
         each = -(-n // len(labels))
-        return _evenly([self._of(label, each) for label in labels], each)
+        return _evenly(list(self._of(labels, each).values()), each)
 
     def pictures(
         self,
@@ -121,7 +125,8 @@ class StoredSamples:
     ) -> tuple[Tensor, Tensor]:
         """See `OwnSamples`."""
         drawn_of, each = labels_in_turn(labels, n), -(-n // len(labels))
-        shown = [self._shown(self._of(label, after + each).x[after : after + each]) for label in labels]
+        drawn = self._of(labels, after + each)
+        shown = [self._shown(drawn[label].x[after : after + each]) for label in labels]
         turns = torch.arange(n)
         return torch.stack(shown)[turns % len(labels), turns // len(labels)], drawn_of
 
@@ -139,43 +144,66 @@ class StoredSamples:
         labels = torch.zeros(len(x), dtype=torch.int64)
         return Examples(x, picked([self.base.conditions.trained(label)], labels, generator))
 
-    def _of(self, label: int, n: int) -> Examples:
-        """At least n examples of a label: those held, the smallest file that has as many, or drawn now."""
+    def _of(self, labels: Sequence[int], n: int) -> dict[int, Examples]:
+        """At least n examples of each label: those held, the smallest file that has as many, or drawn now."""
         n = max(n, STOCK if len(self.base.labels) <= FEW_LABELS else 0)
-        held = self._held.get(label)
-        if held is not None and len(held) >= n:
-            return held
-        rungs = [rung for rung in RUNGS if rung >= n] or [n]
-        for rung in rungs:
-            found = self.assets.found(self._name(label, rung), partial(self._load, self._name(label, rung)), _Damaged)
-            if found is not None:
-                self._held[label] = found
-                return found
-        if not self._drawing:
+        missing = [label for label in labels if not self._has(label, n)]
+        if missing and not self._drawing:
             self.reporter.phase("replay")
             self._drawing.append(True)
-        self._held[label] = drawn = self._draw(label, rungs[0])
-        if label not in self.base.conditions.private:
-            self.assets.keep(self._name(label, rungs[0]), partial(self._save, drawn, self._name(label, rungs[0])))
-        return drawn
+        rung = _rungs(n)[0]
+        pace = Pace(self.reporter, rung * len(missing))
+        for label in missing:
+            name, private = self._name(label, rung), label in self.base.conditions.private
+            with self.assets.stop.held():
+                self._held[label] = drawn = self._draw(label, rung, pace)
+                self.assets.keep(name, partial(self._save, drawn, name), private=private)
+        return {label: self._held[label] for label in labels}
 
-    def _draw(self, label: int, n: int) -> Examples:
-        model, rows = cast(GuidedConditional, self.base.model), self.base.conditions.stored(label)
-        generator = torch.Generator().manual_seed(derive_seed(0, self._name(label, n)))
+    def _has(self, label: int, n: int) -> bool:
+        """Whether n examples of a label are held, read now if need be."""
+        if label in self._held and len(self._held[label]) >= n:
+            return True
+        for name in (self._name(label, rung) for rung in _rungs(n)):
+            found = self.assets.found(name, partial(self._load, name), _Damaged)
+            if found is not None:
+                self._held[label] = found
+                return True
+        return False
+
+    def _draw(self, label: int, n: int, pace: Pace) -> Examples:
+        """So many examples, from where an earlier attempt left them: their conditions follow from the name.
+
+        Raises:
+            Interrupted: SIGTERM; what there is has been announced.
+        """
+        model, name = cast(GuidedConditional, self.base.model), self._name(label, n)
+        generator = torch.Generator().manual_seed(derive_seed(0, name))
+        rows = self.base.conditions.stored(label)
         condition = picked([rows], torch.zeros(n, dtype=torch.int64), generator)
-        parts = []
-        for part in torch.split(condition, PICTURES_AT_ONCE):
-            with torch.no_grad():
-                parts.append(model.generate(part, generator=generator).cpu())
-            self.reporter.alive()
-        return Examples(torch.cat(parts), condition)
+        drawn = _Drawn(generator)
+        if (state := self.assets.unfinished(KIND, name)) is not None:
+            drawn.take_up(state)
+            pace.found(len(drawn))
+        while len(drawn) < n:
+            part = condition[len(drawn) : len(drawn) + DRAWN_AT_ONCE]
+            try:
+                with self.assets.stop.released(), torch.no_grad():
+                    drawn.add(model.generate(part, generator=generator).cpu())
+            except Interrupted:
+                if drawn.grown:
+                    self.assets.save(KIND, name, drawn.capture)
+                raise
+            pace.at(len(drawn))
+            if len(drawn) < n:
+                self.assets.offer(KIND, name, drawn.capture)
+        pace.through(n)
+        return Examples(drawn.x, condition)
 
     def _name(self, label: int, n: int) -> str:
         sampling = cast(GuidedConditional, self.base.model).sampling
         rows = tensor_digest({"condition": self.base.conditions.stored(label)})
-        return AssetFolder.name(
-            "examples", [VERSION, self.base.weights, rows, n, sampling.steps, sampling.guidance_scale]
-        )
+        return AssetFolder.name(KIND, [VERSION, self.base.weights, rows, n, sampling.steps, sampling.guidance_scale])
 
     def _save(self, examples: Examples, name: str, path: Path) -> None:
         tensors = {"x": examples.x.contiguous(), "condition": examples.condition.contiguous()}
@@ -194,6 +222,43 @@ class StoredSamples:
 
     def _facts(self, examples: Examples, name: str) -> dict[str, str]:
         return {"name": name, "weights": self.base.weights, "digest": examples.digest()}
+
+
+class _Drawn:
+    """Examples as far as they are drawn, and where their generator then stood: whoever goes on draws the same ones."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator, self._stood = generator, generator.get_state()
+        self._parts: list[Tensor] = []
+        self.grown = False
+        """Since it was taken up."""
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    @property
+    def x(self) -> Tensor:
+        """All of them, (n, ...)."""
+        return torch.cat(self._parts)
+
+    def add(self, part: Tensor) -> None:
+        """The next ones, just drawn."""
+        self._parts.append(part)
+        self._stood, self.grown = self._generator.get_state(), True
+
+    def capture(self) -> State:
+        """After the last part, whatever has been begun since."""
+        return State({"x": self.x, "generator": self._stood})
+
+    def take_up(self, state: State) -> None:
+        """Go on from there."""
+        self._parts, self._stood = [state.tensors["x"]], state.tensors["generator"]
+        self._generator.set_state(self._stood)
+
+
+def _rungs(n: int) -> list[int]:
+    """Numbers of examples that a file may have which holds n, the smallest first."""
+    return [rung for rung in RUNGS if rung >= n] or [n]
 
 
 def _evenly(parts: Sequence[Examples], each: int) -> Examples:

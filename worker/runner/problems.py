@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["OutOfMemory", "UserError", "escaped"]
+__all__ = ["OutOfMemory", "UserError", "escaped", "is_out_of_memory"]
 
 
 class OutOfMemory(Exception):
@@ -23,6 +23,16 @@ class UserError(Exception):
         self.problem = {"type": f"urn:forgetd:problem:{slug}", "title": title, "detail": detail, **members}
         if pointer is not None:
             self.problem["errors"] = [*members.get("errors", []), {"pointer": pointer, "detail": detail}]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch says so in three ways: a type on the accelerator, and two wordings on the CPU."""
+    text = str(error)
+    return (
+        isinstance(error, OutOfMemory | MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
+    )
 
 
 def escaped(name: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-import unlearning
 from evidence.amnesia_evaluation import Progress, labels_in_turn, samples_of
 from evidence.likelihood import derive_seed
 from evidence.pictures import picture_of
@@ -39,6 +38,7 @@ from worker.runner.assets import AssetFolder
 from worker.runner.base import parameters_of
 from worker.runner.conditional_base import ConditionalBase, check_losses, load_conditional_base
 from worker.runner.contract import Reporter, Stop
+from worker.runner.crew import Training, processes_of, train
 from worker.runner.fisher import Parts, fisher_of_parts
 from worker.runner.images import Reader
 from worker.runner.memory import fit_training
@@ -158,10 +158,10 @@ def remap(
     """
     began = time.monotonic()
     with stop.at_once():
-        opened = _opened(job, folder, reporter, named)
+        opened = _opened(job, folder, reporter, stop, named)
         remapping = planned(opened)
         replay = opened.replay  # drawn now, so that its time counts as that of reading
-        passes = fit_training(opened.base, opened.trained, opened.parameters, replay)
+        passes = fit_training(opened.base, opened.trained, opened.parameters, replay, processes=processes_of(job))
         state = earlier_state(dict(job), folder)
         validated = time.monotonic()
         published = opened.parameters.mode == "paper"
@@ -182,7 +182,7 @@ def remap(
         _conclude(opened, remapping, result, parts.computed, work, seconds)
 
 
-def _opened(job: Mapping[str, Any], folder: Path, reporter: Reporter, named: str) -> Opened:
+def _opened(job: Mapping[str, Any], folder: Path, reporter: Reporter, stop: Stop, named: str) -> Opened:
     base = load_conditional_base(job, folder)
     label = label_of(job[named], base, f"/{named}")
     scope = job["parameters"].get("scope") or "all"
@@ -190,7 +190,7 @@ def _opened(job: Mapping[str, Any], folder: Path, reporter: Reporter, named: str
     trained = trained_by(base, scope)
     reader = reader_of(job, folder, base)
     check_losses(base, job["seed"])
-    assets = AssetFolder(job, folder, reporter)
+    assets = AssetFolder(job, folder, reporter, stop)
     sent = _sent(job, base, reader)
     own = own_samples(base, assets, reporter, job["seed"], sent)
     return Opened(job, folder, reporter, base, label, parameters, scope, trained, reader, sent, assets, own)
@@ -221,19 +221,24 @@ def _no_fisher(error: FisherError) -> UserError:
 
 def _method(opened: Opened, remapping: Remapping, fisher: Fisher, passes: MemoryPlan) -> Method[AmnesiaResult]:
     def forget(state: State | None, callback: Callback) -> AmnesiaResult:
-        return unlearning.forget_conditions(
-            opened.base.model,
-            opened.base.conditions.trained(opened.label),
+        training = Training(
+            conditions=opened.base.conditions.trained(opened.label),
             surrogate=remapping.surrogate,
             replay=opened.replay,
             fisher=fisher,
             parameters=opened.parameters,
-            criterion=remapping.criterion,
             seed=opened.seed,
-            state=state,
-            callback=callback,
             micro_batch=passes.micro_batch,
             recompute=passes.recompute,
+            state=state,
+        )
+        return train(
+            training,
+            opened.base.model,
+            job=opened.job,
+            folder=opened.folder,
+            criterion=remapping.criterion,
+            callback=callback,
         )
 
     return forget

@@ -15,7 +15,7 @@ from worker.runner.contract import Interrupted, Phase, Reporter, Stop
 from worker.runner.problems import UserError
 from worker.runner.states import StateSchedule
 
-__all__ = ["Clock", "Method", "batches_reported", "drive", "earlier_state"]
+__all__ = ["Clock", "Method", "batches_reported", "drive", "earlier_state", "say"]
 
 R = TypeVar("R")
 Method = Callable[[State | None, Callback], R]
@@ -29,7 +29,7 @@ def earlier_state(job: Mapping[str, Any], folder: Path) -> State | None:
     try:
         return State.load(folder / job["resume"])
     except StateError as error:
-        _say(f"the state is left out: {type(error).__name__}")
+        say(f"the state is left out: {type(error).__name__}")
         return None
 
 
@@ -81,7 +81,7 @@ def drive(
         try:
             result = attempt(state)
         except StateError:
-            _say("the state belongs to another run, such as one of an older release, and is left out")
+            say("the state belongs to another run, such as one of an older release, and is left out")
             result = attempt(None)
     except unlearning.Interrupted as error:
         raise Interrupted from error
@@ -133,6 +133,6 @@ class Clock:
         return min(latest, max(0.0, self._target - value) * elapsed / gained)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """A line for the worker's log; never anything that came from the caller."""
     sys.stderr.write(text + "\n")

@@ -1,0 +1,1 @@
+"""All tests; a package, as are the folders whose fixtures end with them (scope="package")."""
