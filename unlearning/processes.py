@@ -7,9 +7,11 @@ process up to rounding. Start them with ``accelerate launch`` or torchrun; a pro
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -39,14 +41,25 @@ class Processes:
     """Where this process passes through its model, and exchanges tensors."""
 
     @classmethod
-    def launched(cls, *, cpu: bool = False) -> Self:
+    def launched(cls, *, cpu: bool = False, meeting: Path | None = None) -> Self:
         """The processes that accelerate finds itself among, by the environment that its launcher or torchrun set.
 
         Args:
             cpu: on CPUs, over gloo, even where there are GPUs.
+            meeting: a file that does not exist yet, the same for all, by which they find each other on one machine; by
+                default they do at the address that the environment names.
         """
         accelerate = importlib.import_module("accelerate")  # takes seconds, which who is alone need not wait for
-        state = accelerate.PartialState(cpu=cpu, timeout=LONGEST_WAIT)
+        found = (
+            {}
+            if meeting is None
+            else {
+                "init_method": f"file://{meeting}",
+                "rank": int(os.environ["RANK"]),
+                "world_size": int(os.environ["WORLD_SIZE"]),
+            }
+        )
+        state = accelerate.PartialState(cpu=cpu, timeout=LONGEST_WAIT, **found)
         return cls(state.process_index, state.num_processes, state.device)
 
     def part(self) -> None:
@@ -54,6 +67,7 @@ class Processes:
         if self.count > 1:
             dist.barrier()
             dist.destroy_process_group()
+            importlib.import_module("accelerate").PartialState._reset_state()  # else it is launched for good
 
     @property
     def main(self) -> bool:

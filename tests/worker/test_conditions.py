@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from models.stable_diffusion import StableDiffusion
 from tests.models.sd_cases import tiny
+from tests.worker.prompt_jobs import untrained_pipeline
+from tests.worker.runs import Bench
 from worker.runner.amnesia_judge import CHEAP, DEAR, LEARNT_AT_LEAST, Effort
 from worker.runner.conditions import Concepts, concepts_of
 from worker.runner.problems import UserError
@@ -53,6 +56,23 @@ def test_a_refusal_counts_the_tokens() -> None:
         of(target={"concept": "zero " * 80})
 
     assert "80 tokens and the model reads 75" in refused.value.problem["detail"]
+
+
+def test_a_job_about_a_name_that_cannot_be_read_ends_with_that_refusal(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, untrained_pipeline(tmp_path / "pipeline.safetensors"))
+    bench.job.update(
+        method="selective-amnesia",
+        target={"concept": "zero " * 400},
+        replace_with={"concept": "one"},
+        remember={"concepts": ["one"], "generated": 64},
+        judge=None,
+    )
+    bench.job["inputs"].update(surrogate=[], fisher={}, remember_sets={})
+
+    problem = bench.run_here().problem
+
+    assert problem["errors"][0]["pointer"] == "/target/concept"
+    assert "tokens" in problem["detail"]
 
 
 def test_an_alias_of_a_condition_that_cannot_be_read_is_refused_at_its_place() -> None:

@@ -158,6 +158,26 @@ def test_sigterm_waits_for_a_step_and_interrupts_what_has_none(run: Run) -> None
     assert out.split(b"\n")[:2] == [b"at a step", b"interrupted"]
 
 
+@pytest.mark.parametrize("made_of_it", ["RuntimeError('a library failed')", "UserError('slug', 'Title', 'Detail')"])
+def test_who_is_told_to_stop_ends_as_told_whatever_is_made_of_it(run: Run, tmp_path: Path, made_of_it: str) -> None:
+    (tmp_path / "turning.py").write_text(
+        "import signal\nfrom worker.runner.problems import UserError\n"
+        "def run(job, folder, reporter, stop):\n"
+        "    try:\n        with stop.at_once():\n            signal.raise_signal(signal.SIGTERM)\n"
+        f"    except Exception as error:\n        raise {made_of_it} from error\n"
+    )
+    write_job(tmp_path, {"kind": "forget", "method": "turning", "lease_ttl_seconds": 600})
+    process = run(
+        f"sys.path.append({str(tmp_path)!r})\nfrom worker.runner.__main__ import METHODS, main\n"
+        f"METHODS['turning'] = 'turning'\nos._exit(main([{str(tmp_path)!r}]))"
+    )
+
+    assert process.stdout is not None  # its input stays open: the end of it would be the end of the runner
+    said = [json.loads(line)["type"] for line in process.stdout]
+
+    assert (process.wait(PATIENCE_SECONDS), said) == (75, ["phase"])
+
+
 def test_sigterm_waits_for_what_is_held_and_cuts_what_is_released_of_it(run: Run) -> None:
     process = run(
         "import signal\nstop = Stop()\n"

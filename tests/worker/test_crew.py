@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.checkpoints import save_checkpoint
-from tests.unlearning.tiny_conditional import trained_vae
 from tests.worker.amnesia_runs import assets_of, given
 from tests.worker.helpers import PATIENCE_SECONDS
 from tests.worker.judges import write_bands
@@ -24,17 +22,8 @@ from tests.worker.runs import Bench, Ended, one_thread
 FEW = {"max_steps": 40, "batch": 31, "check_every": 20, "learning_rate": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE that draws three classes of stripes."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with one_thread():
-        save_checkpoint(path, trained_vae())
-    return path
-
-
-def job_on(base_file: Path, folder: Path, *, gpus: int, **parameters: Any) -> Bench:
-    bench = Bench(folder, base_file)
+def job_on(vae_file: Path, folder: Path, *, gpus: int, **parameters: Any) -> Bench:
+    bench = Bench(folder, vae_file)
     bench.job.update(
         method="selective-amnesia",
         target={"class_label": 0},
@@ -50,9 +39,9 @@ def job_on(base_file: Path, folder: Path, *, gpus: int, **parameters: Any) -> Be
 
 
 @pytest.fixture(scope="module")
-def alone(base_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Ended]:
+def alone(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Ended]:
     """A run of one process."""
-    bench = job_on(base_file, tmp_path_factory.mktemp("alone"), gpus=1)
+    bench = job_on(vae_file, tmp_path_factory.mktemp("alone"), gpus=1)
     with one_thread():
         return bench, bench.run_here()
 
@@ -79,7 +68,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 @dataclass
 class Blow:
-    """Does something to a runner once so many steps are done, and knows the processes that it had then."""
+    """Does something to a runner once it has saved so many steps, and knows the processes that it had then."""
 
     step: int
     act: Callable[[subprocess.Popen[bytes], list[psutil.Process]], None]
@@ -87,15 +76,15 @@ class Blow:
 
     def __call__(self, process: subprocess.Popen[bytes], said: dict[str, Any]) -> None:
         """After each message."""
-        if not self.members and said.get("phase") == "unlearning" and said.get("step", 0) >= self.step:
+        if not self.members and said["type"] == "state" and said["step"] >= self.step:
             self.members = members_of(process)
             self.act(process, self.members)
 
 
 def test_two_processes_end_where_one_would_though_killed_between(
-    base_file: Path, alone: tuple[Bench, Ended], tmp_path: Path
+    vae_file: Path, alone: tuple[Bench, Ended], tmp_path: Path
 ) -> None:
-    bench = given(job_on(base_file, tmp_path, gpus=2), assets_of(*alone))
+    bench = given(job_on(vae_file, tmp_path, gpus=2), assets_of(*alone))
     blow = Blow(10, lambda process, _: process.kill())
 
     first = bench.run(blow)
@@ -110,7 +99,7 @@ def test_two_processes_end_where_one_would_though_killed_between(
 
 
 def test_a_job_whose_other_process_dies_ends_at_once_without_a_last_word(
-    base_file: Path, alone: tuple[Bench, Ended], tmp_path: Path
+    vae_file: Path, alone: tuple[Bench, Ended], tmp_path: Path
 ) -> None:
     def kill(_: subprocess.Popen[bytes], members: list[psutil.Process]) -> None:
         for one in members:
@@ -120,7 +109,7 @@ def test_a_job_whose_other_process_dies_ends_at_once_without_a_last_word(
             one.kill()
         assert survived
 
-    bench = given(job_on(base_file, tmp_path, gpus=2, max_steps=100_000), assets_of(*alone))
+    bench = given(job_on(vae_file, tmp_path, gpus=2, max_steps=100_000), assets_of(*alone))
 
     ended = bench.run(Blow(1, kill))
 

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from evidence.balance_report import Ingredient, Recipe
-from models.checkpoints import save_checkpoint
-from tests.unlearning.tiny_conditional import trained_vae
 from tests.worker.judges import write_bands
-from tests.worker.runs import Bench, one_thread
+from tests.worker.runs import Bench
 from worker.runner.amnesia_judge import CHEAP, DEAR, Effort
 from worker.runner.balance import MORE, MOST_MISSED, STEP, _Looks, _portions
 from worker.runner.samples import samples_around
@@ -20,21 +18,12 @@ from worker.runner.samples import samples_around
 Balance = Callable[..., Bench]
 
 
-@pytest.fixture(scope="module")
-def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE that draws three classes of stripes."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with one_thread():
-        save_checkpoint(path, trained_vae())
-    return path
-
-
 @pytest.fixture
-def short_of_top(base_file: Path) -> Balance:
+def short_of_top(vae_file: Path) -> Balance:
     """A job of one step that asks for some of a class that no replacement shows."""
 
     def job(folder: Path, top: float, tolerance: float) -> Bench:
-        bench = Bench(folder, base_file)
+        bench = Bench(folder, vae_file)
         del bench.job["target"]
         bench.job.update(
             kind="debias",

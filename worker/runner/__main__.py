@@ -53,9 +53,14 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted:
         return ExitCode.INTERRUPTED
     except UserError as error:
+        if stop.requested:
+            return ExitCode.INTERRUPTED
         reporter.error("user_error", error.problem)
         return ExitCode.USER_ERROR
     except Exception as error:
+        # Told to stop, a library may make an error of its own of that: the next attempt will tell.
+        if stop.requested:
+            return ExitCode.INTERRUPTED
         if is_out_of_memory(error):
             return ExitCode.OUT_OF_MEMORY
         traceback.print_exc()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import unlearning
@@ -58,7 +58,7 @@ __all__ = ["Training", "processes_of", "train"]
 
 COMMAND = (sys.executable, "-P", "-m", "worker.runner.crew")
 FILE = "crew.safetensors"
-HOST = "127.0.0.1"
+MEETING = "crew.meeting"
 LAST_WORDS_SECONDS = 1.0
 """Between the end of an exchange with a process and the end of that process."""
 LOOK_SECONDS = 0.02
@@ -97,7 +97,10 @@ RECORDS = (Training, AmnesiaParameters, Examples, Fisher, Mixture, Noise, Pool, 
 
 
 def processes_of(job: Mapping[str, Any]) -> int:
-    """How many processes train: as many as the worker gives a job GPUs, and never more than there are."""
+    """How many processes train: as many as the worker gives a job GPUs, and never more than there are.
+
+    Without any, as many train on the CPU, which is for trying it out.
+    """
     wanted = int(job.get("gpus", 1))
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
@@ -128,21 +131,22 @@ def _crew(training: Training, count: int, folder: Path) -> Iterator[Processes]:
         return
     pack(training, folder / FILE)
     own, *others = _environments(count)
-    before = {name: os.environ.get(name) for name in own}
+    before, threads = {name: os.environ.get(name) for name in own}, torch.get_num_threads()
     members = [_member(folder, environment) for environment in others]
     over = threading.Event()
     try:
         for member in members:
             threading.Thread(target=_watch, args=(member, over), daemon=True).start()
         os.environ.update(own)
-        processes = Processes.launched(cpu=not torch.cuda.is_available())
+        processes = _launched(folder)
         yield processes
-        over.set()
         processes.part()
     except (UnlearningError, Interrupted, contract.Interrupted):
         raise
-    except Exception:
+    except Exception as error:
         _end_if_lost(members)
+        if isinstance(error, dist.DistError):  # an exchange that fails may not fail again
+            _end_without_a_last_word(type(error).__name__, ExitCode.INTERNAL)
         raise
     finally:
         over.set()
@@ -151,16 +155,22 @@ def _crew(training: Training, count: int, folder: Path) -> Iterator[Processes]:
             member.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        (folder / FILE).unlink()
+        torch.set_num_threads(threads)  # accelerate divides the cores
+        for left in (FILE, MEETING):
+            (folder / left).unlink(missing_ok=True)
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """What accelerate reads: one for each process, the runner's first."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": HOST, "MASTER_PORT": port}
+    """What accelerate reads, and by which way data goes: one for each process, the runner's first."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    if sys.platform == "linux":
+        shared |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _launched(folder: Path) -> Processes:
+    """Meet the others at a file: a port could be another's by the time that all are there."""
+    return Processes.launched(cpu=not torch.cuda.is_available(), meeting=folder / MEETING)
 
 
 def _member(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -177,14 +187,20 @@ def _watch(member: subprocess.Popen[bytes], over: threading.Event) -> None:
 
 
 def _end_if_lost(members: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Without a last word, so that the job is tried again; what broke here broke because of the one that was lost."""
+    """What broke here broke because of the one that was lost: no last word, so that the job is tried again."""
     by = time.monotonic() + LAST_WORDS_SECONDS
     while not (lost := [one.returncode for one in members if one.poll()]):
         if time.monotonic() > by:
             return
         time.sleep(LOOK_SECONDS)
-    say(f"a process of the job ended with {lost[0]}")
-    os._exit(lost[0] if lost[0] == ExitCode.OUT_OF_MEMORY else ExitCode.INTERNAL)
+    status = ExitCode.OUT_OF_MEMORY if lost[0] == ExitCode.OUT_OF_MEMORY else ExitCode.INTERNAL
+    _end_without_a_last_word(f"a process of the job ended with {lost[0]}", status)
+
+
+def _end_without_a_last_word(why: str, status: ExitCode) -> None:
+    say(why)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -194,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
     try:
         job = json.loads((folder / JOB_FILE).read_text())
-        processes = Processes.launched(cpu=not torch.cuda.is_available())
+        processes = _launched(folder)
         training: Training = unpack(folder / FILE, RECORDS)
         model = load_conditional_base(job, folder).model
         training.run(model, processes, _asks_nobody, None)

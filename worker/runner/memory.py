@@ -78,7 +78,7 @@ def fit_training(
     most = max(parameters.batch, parameters.replay_batch)
     found = estimate(base.model, trained, holds, *_two(base, examples))
     what = f"Training {sum(one.numel() for one in these):,} weights"
-    return _fitted(base, found, what, most, hints, _shared(available or available_bytes, processes))
+    return _fitted(base, found, what, most, hints, _shared(available or available_bytes, base, processes))
 
 
 def fit_fisher(
@@ -131,12 +131,13 @@ def host_available(groups: Path = GROUPS, proc: Path = Path("/proc")) -> int | N
     return int(USED_OF_HOST * min(rooms)) if rooms else None
 
 
-def _shared(ask: Available, processes: int) -> Available:
-    """What each of several processes may take."""
+def _shared(ask: Available, base: ConditionalBase, processes: int) -> Available:
+    """What each of several processes may take: on the CPU its share of what further copies of the model leave."""
+    copies = (processes - 1) * sum(one.nbytes for one in cast(nn.Module, base.model).parameters())
 
     def share(device: torch.device) -> int | None:
         found = ask(device)
-        return found if found is None or device.type == "cuda" else found // processes
+        return found if found is None or device.type == "cuda" else max(0, found - copies) // processes
 
     return share
 
