@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import hypergeom
 from torch import Tensor, nn
 
 from evidence.likelihood import BATCH, FloatArray, density_nll, derive_seed
@@ -91,6 +90,8 @@ class SampleHealth:
         since both shares vary. A flow with affine couplings draws a sample that explodes now and then: that none of
         these did says little of one in the other model's.
         """
+        from scipy.stats import hypergeom  # takes a third of a second, which who asks for no floor need not wait for
+
         if not 0 <= self.finite <= 1 or self.n < 1 or n < 1:
             return math.nan
         broken = round((1 - self.finite) * self.n)

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-from scipy.stats import binom
 from torch import Tensor
 
 from evidence.errors import TargetError, UnknownClassError
@@ -240,6 +239,8 @@ def samples_to_pass(rate: float, bound: Bound, *, level: float, power: float = P
 
 def _passes(n: int, rate: float, bound: Bound, level: float) -> float:
     """Probability that the Clopper-Pearson interval of n samples at this rate lies inside the bound."""
+    from scipy.stats import binom  # takes a third of a second, which who plans no samples need not wait for
+
     tail = (1 - level) / 2
     # low end >= bound  <=>  P(X >= hits | bound) <= tail; and the mirror image of it for the high end.
     fewest = 0 if bound.low <= 0 else int(binom.isf(tail, n, bound.low)) + 1

@@ -3,17 +3,20 @@
 Steps regress on samples of the base. What is in next to none of them can be made rarer, and not more frequent.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_matrix, csr_matrix, hstack, vstack
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 __all__ = ["FEWEST", "Group", "untaught"]
 
@@ -95,6 +98,9 @@ def _least_growth(
 
     Variables are the shares of all that can be taught, what is kept of each rare cell and by how much it grows.
     """
+    from scipy.optimize import linprog  # takes half a second, which who bounds no class need not wait for
+    from scipy.sparse import coo_matrix, hstack, vstack
+
     m = len(cells)
     rare = np.flatnonzero(hits < FEWEST)
     sums, least, most = [], [], []
@@ -127,6 +133,8 @@ def _taught(cells: Integers, hits: Integers) -> csr_matrix:
 
     A whole is all samples that show given classes of some judges, whatever the others say, where they are enough.
     """
+    from scipy.sparse import coo_matrix, hstack
+
     found = []
     for judges in _subsets(cells.shape[1]):
         _, whole = np.unique(cells[:, judges], axis=0, return_inverse=True)

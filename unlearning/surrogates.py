@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from models.checkpoints import tensor_digest
@@ -144,6 +143,8 @@ def mixing_fractions(shown: Tensor, target: Sequence[float]) -> tuple[float, ...
     Raises:
         InputError: shares of other classes than the target's, or that are no numbers.
     """
+    from scipy.optimize import nnls  # takes half a second, which who mixes nothing need not wait for
+
     shares, wanted = shown.double().numpy(), np.asarray(target, dtype=np.float64)
     if (
         shares.ndim != 2
