@@ -109,13 +109,14 @@ def test_a_base_is_as_far_from_real_digits_as_itself() -> None:
 
 
 def test_a_job_ends_with_the_changed_model_and_leaves_its_assets_to_the_next(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "base.safetensors", trained_ddpm())
+    save_checkpoint(tmp_path / "base.safetensors", trained_ddpm(steps=80))
     judge = write_bands(tmp_path / "bands.onnx")
     jobs = Jobs(tmp_path / "base.safetensors", tmp_path / "bands.onnx", tmp_path / "work")
     asked = amnesia_classes.request({"class_label": 1}, {"forgotten_at_most": 0.1, "others_within": 0.08})
     asked |= {
         "judge": {name: value for name, value in judge.items() if name not in ("onnx", "sha256")},
-        "remember": {"generated": 100}, "parameters": {"max_steps": 3},
+        "remember": {"generated": 100},
+        "parameters": {"max_steps": 3, "batch": 32, "replay_batch": 32, "sampling_steps": 2},
     }  # fmt: skip
 
     first, again = jobs.run("first", asked), jobs.run("again", {**asked, "seed": 1})

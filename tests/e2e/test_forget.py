@@ -24,6 +24,8 @@ from tests.e2e.conftest import Material
 from tests.e2e.helpers import SECONDS, events, runner_pid, until
 
 SEED = 11
+GRID = "samples.png"
+"""Pictures that the changed model draws."""
 UNTOUCHED_SECONDS = 2.0  # past the lease; ten times what a control loop takes to see it
 # Slow on purpose: many small steps.
 SLOW = {"learning_rate": 5e-5, "max_steps": 4000}
@@ -38,6 +40,10 @@ def _forget(client: Client, checkpoint: Checkpoint, material: Material, **option
     target = client.push_images(material.person[:5])
     others = client.push_images(material.others)
     return client.forget(checkpoint.id, target.id, remember=others.id, seed=SEED, **options)  # type: ignore[arg-type]  # options of many types
+
+
+def _artifacts(client: Client, job: Job) -> set[str]:
+    return {artifact.name for artifact in client.artifacts(job.id)}
 
 
 def _lease_over(service: LocalService, job: Job) -> bool:
@@ -69,6 +75,7 @@ def test_a_person_is_forgotten(client: Client, checkpoint: Checkpoint, material:
     assert [image["forgotten"] for image in report["forget_images"]] == [True] * 5
     assert {row["key"] for row in report["sets"]} >= {"forget", "same_identity", "remember", "held_out"}
     assert load_checkpoint(weights).image_shape == (1, 16, 16)
+    assert GRID not in _artifacts(client, job)
     assert "<html" in client.report_html(job.id)
 
 
@@ -155,16 +162,17 @@ def test_an_unreachable_delta_keeps_the_report_and_withholds_the_weights(
         client.download(job.id, tmp_path)
 
 
-def test_the_photos_are_gone_when_the_job_has_ended(
+def test_the_photos_are_gone_when_the_job_has_ended_and_faces_are_left_only_where_they_were_asked_for(
     service: LocalService, client: Client, checkpoint: Checkpoint, material: Material
 ) -> None:
     target = client.push_images(material.person[:5])
     storage = _storage(service)
     assert any(target.id in key for key in storage.keys("tenants/"))
 
-    job = client.forget(checkpoint.id, target.id, remember=64, parameters={"max_steps": 1})
+    job = client.forget(checkpoint.id, target.id, remember=64, parameters={"max_steps": 1}, sample_grid=True)
     client.wait(job.id, timeout=SECONDS, raise_on_failure=False)
 
+    assert GRID in _artifacts(client, job)
     until(lambda: all(target.id not in key for key in storage.keys("tenants/")) or None, "the erasure")
     scratch = Path(service.environment["FORGETD_SCRATCH_DIR"])
     assert not any(job.id in str(path) for path in scratch.rglob("*"))

@@ -192,16 +192,3 @@ def test_images_of_another_size_are_refused_where_exact_was_asked(
     assert job.problem["errors"][0]["pointer"] == "/target/images"
     assert "24" in job.problem["detail"]
     assert str(IMAGE_SIZE) in job.problem["detail"]
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_faces_are_among_the_results_only_where_they_were_asked_for(
-    client: Client, material: Material, asked: bool
-) -> None:
-    checkpoint = client.push_checkpoint(material.base)
-    target = client.push_images(material.person[:5])
-
-    job = client.forget(checkpoint.id, target.id, remember=64, parameters={"max_steps": 1}, sample_grid=asked)
-    client.wait(job.id, timeout=SECONDS, raise_on_failure=False)
-
-    assert ("samples.png" in {artifact.name for artifact in client.artifacts(job.id)}) == asked

@@ -117,7 +117,7 @@ def test_a_killed_steering_run_resumes_to_the_same_bits(
     client: Client, glow: Checkpoint, judge: Classifier, tmp_path: Path
 ) -> None:
     # Far away, in small steps: the run goes on until its steps are used up.
-    target, slow = {"dark": 0.05, "bright": 0.95}, {"max_steps": 400, "learning_rate": 1e-5}
+    target, slow = {"dark": 0.05, "bright": 0.95}, {"max_steps": 200, "learning_rate": 1e-5, "pool": 1024}
 
     def start() -> Job:
         keep = {"parameters": slow, "criteria": {"release_weights": "always"}, "seed": SEED, "tolerance": WIDE}

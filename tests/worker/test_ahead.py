@@ -6,23 +6,22 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from tests.worker.helpers import ROOT
 from worker.runner.__main__ import METHODS
 
 LIBRARIES = ("numpy", "torch", "matplotlib", "diffusers", "transformers")
+OF_PROMPTS = ("diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")
+"""What Stable Diffusion takes of them beyond a DDPM."""
 ASKED = sorted(
     {("forget", method) for method in METHODS if isinstance(method, str)} | {("debias", "selective-amnesia")}
 )
 
 
-def loaded(*told: tuple[str, ...]) -> set[str]:
-    """Modules of a new process that was told so much ahead, one after the other."""
+def loaded_after(*told: tuple[str, ...]) -> list[set[str]]:
+    """Modules of a new process after each thing that it was told ahead."""
     code = (
         "import json, sys\nfrom worker.runner.__main__ import load_ahead\n"
-        "for told in json.loads(sys.argv[1]):\n    load_ahead(*told)\n"
-        "print(json.dumps(sorted(sys.modules)))"
+        "for told in json.loads(sys.argv[1]):\n    load_ahead(*told)\n    print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(told)],
@@ -32,7 +31,12 @@ def loaded(*told: tuple[str, ...]) -> set[str]:
         timeout=120,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    return set(json.loads(done.stdout))
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def loaded(*told: tuple[str, ...]) -> set[str]:
+    """Those after all of it."""
+    return loaded_after(*told)[-1]
 
 
 def test_nothing_is_loaded_for_an_import_nor_for_what_is_unknown() -> None:
@@ -53,13 +57,13 @@ def test_every_method_is_loaded_ahead_and_without_the_libraries_of_other_familie
     assert modules.isdisjoint({"diffusers", "transformers", "matplotlib"})
 
 
-@pytest.mark.parametrize("family", ["ddpm", "stable-diffusion"])
-def test_a_diffusion_models_libraries_are_loaded_with_it(family: str) -> None:
-    modules = loaded(("forget", "selective-amnesia", family))
+def test_a_diffusion_models_libraries_are_loaded_with_it() -> None:
+    ddpm, both = loaded_after(*(("forget", "selective-amnesia", family) for family in ("ddpm", "stable-diffusion")))
 
-    assert {"worker.runner.amnesia", f"models.{family.replace('-', '_')}", "diffusers"} <= modules
-    assert ("models.stable_diffusion" in modules) == (family == "stable-diffusion")
-    assert "worker.runner.forget" not in modules
+    assert {"worker.runner.amnesia", "models.ddpm", "diffusers"} <= ddpm
+    assert {"models.stable_diffusion", *OF_PROMPTS} <= both
+    assert ddpm.isdisjoint({"models.stable_diffusion", *OF_PROMPTS})
+    assert "worker.runner.forget" not in both
 
 
 def test_garbage_is_looked_for_again_once_libraries_are_loaded_or_could_not_be() -> None:
