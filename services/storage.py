@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from s3transfer.futures import TransferFuture  # boto3's own transfers, which its client starts but cannot stop
+from s3transfer.manager import TransferConfig, TransferManager
+from s3transfer.subscribers import BaseSubscriber
 
 from services.settings import Settings
 
@@ -97,8 +101,34 @@ class ObjectStorage:
         self._client.upload_file(str(path), self.bucket, key, ExtraArgs=facts)
         return StoredObject(key, path.stat().st_size, sha256)
 
-    def put_file_once(self, key: str, path: Path) -> StoredObject:
+    def put_file_while(self, key: str, path: Path, going_on: Callable[[], bool]) -> StoredObject | None:
+        """As ``put_file``, but given up once ``going_on`` says no: then nothing is written, and None is given.
+
+        It is asked at the start, and all along a file of more than one part, from other threads.
+        """
+        size, sha256 = path.stat().st_size, file_sha256(path)
+        if not going_on():
+            return None
+        facts: dict[str, Any] = {"ContentType": "application/octet-stream", "Metadata": {"sha256": sha256}}
+        if size < PART_BYTES:  # in one go: what is on its way can no longer be held back
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=path.read_bytes(), **facts)
+            return StoredObject(key, size, sha256)
+        parts = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+        with TransferManager(self._client, parts) as manager:
+            sent = manager.upload(str(path), self.bucket, key, facts, [_Asking(going_on)])
+            try:
+                sent.result()
+            except CancelledError:
+                return None
+        return StoredObject(key, size, sha256)
+
+    def put_file_once(self, key: str, path: Path, between: Callable[[], object] = lambda: None) -> StoredObject:
         """Write a file of any size together with its SHA-256 (see ``fetch``), or change nothing.
+
+        Args:
+            key: where.
+            path: the file.
+            between: called before each part but the last.
 
         Raises:
             FileExistsError: the key is there already.
@@ -109,6 +139,7 @@ class ObjectStorage:
                 while chunk := stream.read(READ_BYTES):
                     upload.feed(chunk)
                     if upload.wants_flush():
+                        between()
                         upload.flush()
             return upload.finish()
         except BaseException as error:
@@ -139,7 +170,7 @@ class ObjectStorage:
             yield from body.iter_chunks(READ_BYTES)
 
     def fetch(self, key: str, path: Path) -> str | None:
-        """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file``, ``put_file_once``)."""
+        """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file`` and its kin)."""
         try:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             written: str | None = answer["Metadata"].get("sha256")
@@ -229,6 +260,19 @@ class ObjectStorage:
                     self._client.abort_multipart_upload(Bucket=self.bucket, Key=part["Key"], UploadId=part["UploadId"])
                     gone += 1
         return gone
+
+
+class _Asking(BaseSubscriber):
+    """Stops a transfer in parts once its owner does not want it any more; the store then drops the parts."""
+
+    def __init__(self, going_on: Callable[[], bool]) -> None:
+        self._going_on = going_on
+
+    def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
+        """Called as bytes leave, before the last part is through."""
+        del bytes_transferred
+        if not self._going_on():
+            future.cancel()
 
 
 class Upload:

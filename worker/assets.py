@@ -3,8 +3,8 @@
 What it worked out and may not leave to others, or has not finished, is kept until the job ends, so that it survives a
 worker. Neither needs a fence. A stale attempt that writes late does no harm: what the runner reads has to say of itself
 that it is what is looked for (its name is a digest of all that it depends on, and it holds the digests of its content
-and of what it was made from), so that the worst is an older state of the same work; and what is written behind a job's
-end goes with the second sweep (``worker.janitor``).
+and of what it was made from), so that the worst is an older state of the same work; and what lands behind a job's end
+is erased by the attempt that wrote it or, should that be gone, by the next sweep (``worker.janitor``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services import object_keys
+from services import leases, object_keys
+from services.database import Database
+from services.jobs import TERMINAL
 from services.leases import Claim
 from services.storage import ObjectStorage, StoredObject, file_sha256
 from worker import publication
@@ -32,7 +34,9 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"[a-z0-9-]{1,120}")
 OWN_PATH = re.compile(r"assets/([a-z0-9-]{1,120})\.[0-9]{1,9}\.safetensors")
 FOLDER = "inputs/fisher"
-FETCHED_BYTES = 8 * 2**30  # of the newest: what scratch has room for
+PARTIAL = "partial-"  # begins the name of one of the job's own that is a beginning
+FETCHED_BYTES = 8 * 2**30  # of what is finished, the newest first
+PARTIAL_BYTES = 5 * 2**30  # of beginnings, beside it: a part of F is 4 GiB at most, samples less than one
 FETCHES_AT_ONCE = 8
 LEAVE_SECONDS = 5.0
 
@@ -51,10 +55,30 @@ class AssetKeeper:
 
     Of the checkpoint's, the first writer of a name wins. Of the job's own the newest does: one that is overtaken before
     its turn is skipped. A failure costs the next job or attempt the reuse, and this one nothing.
+
+    Once the worker is leaving, what nobody else will work out goes first: the job's own before the checkpoint's, the
+    rest of a file that is on its way included, and one that is overtaken then is given up. Before that neither: what
+    takes longer to upload than until it is saved again would never be there, nor would what waits behind it.
+
+    Args:
+        database: asked whether the job has ended, where something lands after the attempt has.
+        storage: where to.
+        claim: whose.
+        going_on: whether the attempt may still save.
+        leaving: whether the worker is.
     """
 
-    def __init__(self, storage: ObjectStorage, claim: Claim, *, going_on: Callable[[], bool]) -> None:
-        self._storage, self._claim, self._going_on = storage, claim, going_on
+    def __init__(
+        self,
+        database: Database,
+        storage: ObjectStorage,
+        claim: Claim,
+        *,
+        going_on: Callable[[], bool],
+        leaving: Callable[[], bool],
+    ) -> None:
+        self._database, self._storage, self._claim = database, storage, claim
+        self._going_on, self._leaving = going_on, leaving
         self._waiting: list[Asset] = []
         self._busy = self._closed = False
         self._changed = threading.Condition()
@@ -90,53 +114,90 @@ class AssetKeeper:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
 
     def _work(self) -> None:
-        while (asset := self._next()) is not None:
-            try:
-                if self._worth_it(asset):
-                    self._save(asset)
-            except FileExistsError:
-                continue  # another job was first
-            except GaveUp:
-                logger.warning("%s attempt %d: an asset was not kept", *self._name())
-            except Exception:
-                logger.exception("%s attempt %d: an asset was not kept", *self._name())
-            finally:
-                if asset.own:
-                    asset.path.unlink(missing_ok=True)
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                self._busy = True
+                asset = (self._leaving() and self._take_own()) or self._waiting.pop(0)
+            self._keep(asset)
 
-    def _next(self) -> Asset | None:
-        """The one whose turn it is, once there is one; None at the end."""
+    def _take_own(self) -> Asset | None:
+        """The first of the job's own that waits, which then waits no more."""
         with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
-                return None
-            self._busy = True
-            return self._waiting.pop(0)
+            asset = next((one for one in self._waiting if one.own), None)
+            if asset is not None:
+                self._waiting.remove(asset)
+            return asset
+
+    def _own_first(self) -> None:
+        """Between two parts of a file that can wait."""
+        while self._leaving() and (asset := self._take_own()) is not None:
+            self._keep(asset)
+
+    def _keep(self, asset: Asset) -> None:
+        try:
+            if self._worth_waiting(asset):
+                self._save(asset)
+        except FileExistsError:
+            return  # another job was first
+        except GaveUp:
+            if not self._overtaken(asset):
+                logger.warning("%s attempt %d: an asset was not kept", *self._name())
+        except Exception:
+            logger.exception("%s attempt %d: an asset was not kept", *self._name())
+        finally:
+            if asset.own:
+                asset.path.unlink(missing_ok=True)
 
     def _save(self, asset: Asset) -> None:
-        stored = patiently(
-            lambda: self._put(asset),
-            away=store_away,
-            going_on=lambda: self._worth_it(asset),
-            what=f"{self._claim.job_id}: asset upload",
-        )
+        try:
+            stored = patiently(
+                lambda: self._put(asset),
+                away=store_away,
+                going_on=lambda: self._worth_waiting(asset),
+                what=f"{self._claim.job_id}: asset upload",
+            )
+        finally:
+            if asset.own and not self._may_save() and self._job_ended():
+                self._storage.erase(self._key(asset))  # the sweep of the job's states may have been before it
+        if stored is None:
+            raise GaveUp(asset.name)
         logger.info("%s attempt %d: kept %s, %d bytes", *self._name(), asset.name, stored.bytes)
 
-    def _put(self, asset: Asset) -> StoredObject:
-        claim = self._claim
+    def _put(self, asset: Asset) -> StoredObject | None:
         if asset.own:
-            return self._storage.put_file(object_keys.work(claim.tenant_id, claim.job_id, asset.name), asset.path)
-        return self._storage.put_file_once(
-            object_keys.asset(claim.tenant_id, claim.checkpoint_id, asset.name), asset.path
-        )
+            return self._storage.put_file_while(self._key(asset), asset.path, lambda: self._worth_sending(asset))
+        return self._storage.put_file_once(self._key(asset), asset.path, self._own_first)
 
-    def _worth_it(self, asset: Asset) -> bool:
-        """As long as the attempt may save, and nothing newer of the job's own waits under the same name."""
+    def _key(self, asset: Asset) -> str:
+        if asset.own:
+            return object_keys.work(self._claim.tenant_id, self._claim.job_id, asset.name)
+        return object_keys.asset(self._claim.tenant_id, self._claim.checkpoint_id, asset.name)
+
+    def _worth_sending(self, asset: Asset) -> bool:
+        """What is on its way to the store goes on: until the attempt may not save, or something newer is in a hurry."""
+        return self._may_save() and not (self._leaving() and self._overtaken(asset))
+
+    def _worth_waiting(self, asset: Asset) -> bool:
+        """What is not may as well be replaced by something newer."""
+        return self._may_save() and not self._overtaken(asset)
+
+    def _overtaken(self, asset: Asset) -> bool:
         with self._changed:
-            overtaken = asset.own and any(one.own and one.name == asset.name for one in self._waiting)
-        return not overtaken and self._going_on() and not self._left.is_set()
+            return asset.own and any(one.own and one.name == asset.name for one in self._waiting)
+
+    def _may_save(self) -> bool:
+        return self._going_on() and not self._left.is_set()
+
+    def _job_ended(self) -> bool:
+        """Whether no attempt will follow, of which this may be the newest work."""
+        with self._database.transaction() as session:
+            now = leases.standing(session, self._claim.job_id)
+        return now is None or now.status in TERMINAL
 
     def _name(self) -> tuple[str, int]:
         return self._claim.job_id, self._claim.attempt
@@ -162,48 +223,60 @@ def offered(message: dict[str, Any], folder: Path) -> Asset:
 def fetch(storage: ObjectStorage, claim: Claim, folder: Path, *, going_on: Callable[[], bool]) -> dict[str, str]:
     """Fetch what earlier attempts at a job left, and the newest assets of its checkpoint, each checked.
 
-    One that cannot be had is left out; one that is damaged is erased too, so that it can be written anew. Safe to
-    repeat. Errors of a store that is away rise (``worker.patience.store_away``), and no others.
+    One that cannot be had is left out. A damaged one of the checkpoint is erased too, so that it can be written anew;
+    one of the job's own may just have been replaced while it was read, and will be in any case. Safe to repeat. Errors
+    of a store that is away rise (``worker.patience.store_away``), and no others.
 
     Returns:
         Their paths in the folder, by name.
     """
     (folder / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
-    keys = _keys(storage, claim)
-    paths = {name: f"{FOLDER}/{name}.safetensors" for name in keys}
+    found = _found(storage, claim)
+    paths = {name: f"{FOLDER}/{name}.safetensors" for name in found}
 
     def here(name: str) -> bool:
-        return going_on() and _fetch_one(storage, claim, keys[name], folder / paths[name])
+        return going_on() and _fetch_one(storage, claim, found[name], folder / paths[name])
 
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
-        return {name: paths[name] for name, found in zip(paths, pool.map(here, paths), strict=True) if found}
+        return {name: paths[name] for name, is_here in zip(paths, pool.map(here, paths), strict=True) if is_here}
 
 
-def _keys(storage: ObjectStorage, claim: Claim) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Found:
+    """An asset in the store."""
+
+    key: str
+    own: bool
+
+
+def _found(storage: ObjectStorage, claim: Claim) -> dict[str, _Found]:
     """By name, as many as there is room for: first what is this job's own, then the newest of its checkpoint.
 
-    A job that was handed back has its first attempt before it again, so that the number of attempts tells nothing.
+    Beginnings have room of their own. Some are of what has been finished since, and are not to keep that out; nor is
+    what other jobs left to keep out the one that this job goes on from.
     """
-    room, keys = FETCHED_BYTES, dict[str, str]()
-    for prefix in (
-        object_keys.work_prefix(claim.tenant_id, claim.job_id),
-        object_keys.assets_prefix(claim.tenant_id, claim.checkpoint_id),
+    room, found = {True: PARTIAL_BYTES, False: FETCHED_BYTES}, dict[str, _Found]()
+    for prefix, own in (
+        (object_keys.work_prefix(claim.tenant_id, claim.job_id), True),
+        (object_keys.assets_prefix(claim.tenant_id, claim.checkpoint_id), False),
     ):
         for key, size in storage.newest(prefix):
             name = key.removeprefix(prefix).removesuffix(".safetensors")
-            if size <= room and NAME.fullmatch(name) and name not in keys and key.endswith(".safetensors"):
-                room -= size
-                keys[name] = key
-    return keys
+            partial = own and name.startswith(PARTIAL)
+            if size <= room[partial] and NAME.fullmatch(name) and name not in found and key.endswith(".safetensors"):
+                room[partial] -= size
+                found[name] = _Found(key, own)
+    return found
 
 
-def _fetch_one(storage: ObjectStorage, claim: Claim, key: str, path: Path) -> bool:
+def _fetch_one(storage: ObjectStorage, claim: Claim, asset: _Found, path: Path) -> bool:
     why = "damaged"
     try:
-        if storage.fetch(key, path) == file_sha256(path):
+        if storage.fetch(asset.key, path) == file_sha256(path):
             return True
         path.unlink()
-        storage.erase(key)
+        if not asset.own:
+            storage.erase(asset.key)
     except Exception as error:
         if store_away(error):
             raise

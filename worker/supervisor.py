@@ -273,7 +273,13 @@ class _Attempt:
         status: int | None = None
         with (
             StateKeeper(self._database, self._storage, self._claim, going_on=self._may_save) as states,
-            AssetKeeper(self._storage, self._claim, going_on=self._may_save) as kept,
+            AssetKeeper(
+                self._database,
+                self._storage,
+                self._claim,
+                going_on=self._may_save,
+                leaving=self._supervisor.drain.is_set,
+            ) as kept,
         ):
             try:
                 self._keeper.beat_into(process.beat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -171,7 +172,7 @@ def test_upload_that_fails_costs_the_reuse_and_not_the_job(
     class Full(ObjectStorage):
         """A store that has no room for assets."""
 
-        def put_file_once(self, key: str, path: Path) -> Any:
+        def put_file_once(self, key: str, path: Path, between: Callable[[], object] = lambda: None) -> Any:
             raise OSError(28, f"no room for {key} of {path}")
 
     job_id = jobs.queue(asked=ASKED, steps=1, assets={"fisher-1": "squares"})
@@ -185,6 +186,36 @@ def test_upload_that_fails_costs_the_reuse_and_not_the_job(
 
 
 # The store.
+
+
+@pytest.mark.parametrize("size", [0, 7, PART_BYTES - 1, PART_BYTES, 2 * PART_BYTES + 1])
+def test_file_that_somebody_wants_is_there_whatever_its_size(storage: ObjectStorage, tmp_path: Path, size: int) -> None:
+    key = f"tenants/while/{size}"
+    (tmp_path / "file").write_bytes(b"a" * size)
+    storage.put(key, b"what was there", media_type="text/plain")
+
+    refused = storage.put_file_while(key, tmp_path / "file", lambda: False)
+    before = storage.read(key)
+    stored = storage.put_file_while(key, tmp_path / "file", lambda: True)
+
+    assert (refused, before) == (None, b"what was there")
+    assert stored is not None
+    assert stored.bytes == size
+    assert storage.fetch(key, tmp_path / "copy") == stored.sha256 == file_sha256(tmp_path / "file")
+    assert (tmp_path / "copy").read_bytes() == b"a" * size
+
+
+@pytest.mark.parametrize("looks", [1, 2, 10])
+def test_file_that_nobody_wants_any_more_leaves_nothing(storage: ObjectStorage, tmp_path: Path, looks: int) -> None:
+    key = f"tenants/dropped/{looks}"
+    (tmp_path / "file").write_bytes(bytes(3 * PART_BYTES))
+    asked = itertools.count()
+
+    stored = storage.put_file_while(key, tmp_path / "file", lambda: next(asked) < looks)
+
+    assert stored is None
+    assert storage.keys(key) == []
+    assert storage.unfinished(key) == []
 
 
 @pytest.mark.parametrize("size", [0, 7, PART_BYTES + 1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from services import jobs as job_rows
 from services import object_keys
 from services.leases import Claim
 from services.settings import Settings
-from services.storage import ObjectStorage, StoredObject
+from services.storage import PART_BYTES, ObjectStorage, StoredObject
 from services.tenancy import Caller
 from tests.worker.helpers import LONG, PATIENCE_SECONDS, Jobs, eventually
 from worker import assets, janitor
@@ -33,18 +36,20 @@ GONE_SECONDS = 2.0  # a worker that does not wait has left by then
 
 
 class Held(ObjectStorage):
-    """A store that takes in what a job keeps for itself once it is let."""
+    """A store that takes in what a job keeps for itself once it is let, whatever has happened since it was sent."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.asked, self.let = threading.Event(), threading.Event()
+        self.asked, self.let, self.landed = threading.Event(), threading.Event(), threading.Event()
 
-    def put_file(self, key: str, path: Path, *, media_type: str = "application/octet-stream") -> StoredObject:
+    def put_file_while(self, key: str, path: Path, going_on: Callable[[], bool]) -> StoredObject | None:
         """Wait with it."""
-        if "/work/" in key:
-            self.asked.set()
-            assert self.let.wait(PATIENCE_SECONDS)
-        return super().put_file(key, path, media_type=media_type)
+        body = path.read_bytes()
+        self.asked.set()
+        assert self.let.wait(PATIENCE_SECONDS)
+        stored = self.put(key, body, media_type="application/octet-stream")
+        self.landed.set()
+        return stored
 
 
 @pytest.fixture
@@ -127,21 +132,24 @@ def test_a_damaged_one_is_left_out(
     assert told() == {"examples-1": "private"}
 
 
-def test_a_jobs_own_goes_before_what_others_left(
+def test_a_jobs_own_goes_before_what_others_left_and_a_beginning_beside_both(
     supervisor: Supervisor,
     jobs: Jobs,
     queue: Callable[..., str],
     told: Callable[[], dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job_id = queue(work={PARTIAL: ["some"], "examples-1": ["private"]}, die_at=2)
+    job_id = queue(work={"examples-1": ["private"], PARTIAL: ["some"], "partial-examples": ["of it"]}, die_at=2)
     supervisor.run(job_id)
-    supervisor.run(queue(assets={"examples-1": "public!", "examples-2": "public"}, steps=1))
-    monkeypatch.setattr(assets, "FETCHED_BYTES", len("some") + len("private") + 1)
+    supervisor.run(queue(assets={"examples-1": "public!", "examples-2": "public", "examples-3": "public"}, steps=1))
+    monkeypatch.setattr(assets, "FETCHED_BYTES", len("private") + len("public") + 1)
+    monkeypatch.setattr(assets, "PARTIAL_BYTES", len("some") + len("of it"))
 
     supervisor.run(job_id)
 
-    assert told() == {PARTIAL: "some", "examples-1": "private"}
+    newest = told()
+    assert newest.pop("examples-3", None) or newest.pop("examples-2") == "public"  # of one second
+    assert newest == {PARTIAL: "some", "partial-examples": "of it", "examples-1": "private"}
 
 
 # Leaving.
@@ -171,7 +179,7 @@ def test_a_draining_worker_waits_for_it(
     assert kept(jobs, job_id) == {f"{PARTIAL}.safetensors": b"some"}
 
 
-def test_a_cancelled_job_waits_for_none(
+def test_a_cancelled_job_waits_for_none_and_nothing_lands_behind_it(
     make_supervisor: Callable[..., Supervisor],
     jobs: Jobs,
     caller: Caller,
@@ -187,43 +195,213 @@ def test_a_cancelled_job_waits_for_none(
 
     with jobs.database.transaction() as session:
         job_rows.cancel(session, caller, job_id)
+    ended = done.result(PATIENCE_SECONDS)
+    janitor.sweep(jobs.database, jobs.storage)
+    held.let.set()
 
-    assert done.result(PATIENCE_SECONDS) == "cancelled"
+    assert ended == "cancelled"
+    assert held.landed.wait(PATIENCE_SECONDS)
+    eventually(lambda: jobs.keys(job_id) == [], what="it is erased")
 
 
 # On their way.
 
 
-def test_one_that_is_overtaken_before_its_turn_is_skipped_and_each_file_is_taken_over(
-    held: Held, jobs: Jobs, tmp_path: Path
-) -> None:
-    claim = Claim(
-        job_id=jobs.queue(asked=ASKED), tenant_id=jobs.tenant_id, kind="forget", token=1, attempt=1,
-        checkpoint_id=jobs.checkpoint_id, request={}, seed=0, resume=None, out_of_memory_losses=0,
-    )  # fmt: skip
-    files = [Asset(tmp_path / f"{number}", PARTIAL, own=True) for number in range(3)]
-    written: list[str] = []
-    for file in files:
-        file.path.write_text(file.path.name)
+@dataclass
+class Sending:
+    """A keeper of some files, and the store that they go to, of which each part is told."""
 
-    class Watching(Held):
-        def put_file(self, key: str, path: Path, *, media_type: str = "application/octet-stream") -> StoredObject:
-            written.append(path.name)
-            return held.put_file(key, path, media_type=media_type)
+    jobs: Jobs
+    storage: Watched
+    folder: Path
+    may_save: bool = True
+    leaving: bool = False
+    files: list[Asset] = field(default_factory=list)
 
-    with AssetKeeper(Watching(held._settings), claim, going_on=lambda: True) as keeper:
-        keeper.add(files[0])
-        assert held.asked.wait(PATIENCE_SECONDS)
-        keeper.add(files[1])
-        keeper.add(files[2])
-        waiting = not keeper.wait(0.0)
-        held.let.set()
+    def __post_init__(self) -> None:
+        self.claim = Claim(
+            job_id=self.jobs.queue(asked=ASKED), tenant_id=self.jobs.tenant_id, kind="forget", token=1, attempt=1,
+            checkpoint_id=self.jobs.checkpoint_id, request={}, seed=0, resume=None, out_of_memory_losses=0,
+        )  # fmt: skip
+
+    def keeper(self) -> AssetKeeper:
+        """One of them."""
+        return AssetKeeper(
+            self.jobs.database,
+            self.storage,
+            self.claim,
+            going_on=lambda: self.may_save,
+            leaving=lambda: self.leaving,
+        )
+
+    def file(self, name: str, *, own: bool = True, parts: int = 0) -> Asset:
+        """One of a few bytes, or of so many parts and these."""
+        number = len(self.files)
+        path = self.folder / str(number)
+        path.write_bytes(bytes(parts * PART_BYTES) + b"%d" % number)
+        self.files.append(Asset(path, name, own=own))
+        return self.files[-1]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """What the store has of the job's own, by its last byte."""
+        return {
+            name.removesuffix(".safetensors"): body[-1:].decode()
+            for name, body in kept(self.jobs, self.claim.job_id).items()
+        }
+
+    @property
+    def unfinished(self) -> list[tuple[str, str]]:
+        """What has been begun, and neither finished nor dropped."""
+        return self.storage.unfinished(object_keys.job_prefix(self.jobs.tenant_id, self.claim.job_id))
+
+
+class Watched(ObjectStorage):
+    """A store that says what it is asked to take, and as the first file begins to arrive lets somebody act."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.asked: list[str] = []
+        self.taken: list[str] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def put_file_while(self, key: str, path: Path, going_on: Callable[[], bool]) -> StoredObject | None:
+        """Tell."""
+        self.asked.append(path.name)
+        asked = itertools.count()
+
+        def and_then() -> bool:
+            if next(asked) == 1:  # the first time that bytes have left
+                self._act()
+            return going_on()
+
+        stored = super().put_file_while(key, path, and_then)
+        self.taken += [path.name] * (stored is not None)
+        return stored
+
+    def put_file_once(self, key: str, path: Path, between: Callable[[], object] = lambda: None) -> StoredObject:
+        """Tell."""
+        self.asked.append(path.name)
+
+        def act_and_then() -> None:
+            self._act()
+            between()
+
+        stored = super().put_file_once(key, path, act_and_then)
+        self.taken.append(path.name)
+        return stored
+
+    def _act(self) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+
+
+@pytest.fixture
+def sending(jobs: Jobs, settings: Settings, tmp_path: Path) -> Sending:
+    """Files that are about to be sent."""
+    return Sending(jobs, Watched(settings), tmp_path)
+
+
+def test_one_that_is_overtaken_before_its_turn_is_skipped_and_each_file_is_taken_over(sending: Sending) -> None:
+    first, second, third = (sending.file(PARTIAL, parts=2 - number) for number in range(3))
+
+    with sending.keeper() as keeper:
+
+        def twice() -> None:
+            keeper.add(second)
+            keeper.add(third)
+
+        sending.storage.meanwhile = twice
+        keeper.add(first)
         assert keeper.wait(PATIENCE_SECONDS)
 
-    assert waiting
-    assert written == ["0", "2"]
-    assert kept(jobs, claim.job_id) == {f"{PARTIAL}.safetensors": b"2"}
-    assert not any(file.path.exists() for file in files)
+    # The first was on its way: were it given up, one that takes longer than the next save would never arrive.
+    assert sending.storage.taken == sending.storage.asked == ["0", "2"]
+    assert sending.kept == {PARTIAL: "2"}
+    assert not any(file.path.exists() for file in sending.files)
+
+
+def test_a_leaving_worker_gives_up_what_is_overtaken(sending: Sending, caplog: pytest.LogCaptureFixture) -> None:
+    sending.leaving = True
+    first, second = sending.file(PARTIAL, parts=3), sending.file(PARTIAL, parts=1)
+
+    with sending.keeper() as keeper, caplog.at_level(logging.INFO, "worker.assets"):
+        sending.storage.meanwhile = lambda: keeper.add(second)
+        keeper.add(first)
+        assert keeper.wait(PATIENCE_SECONDS)
+
+    assert (sending.storage.asked, sending.storage.taken) == (["0", "1"], ["1"])
+    assert sending.kept == {PARTIAL: "1"}
+    assert sending.unfinished == []
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # of the second, and nothing is lost
+
+
+def test_a_leaving_workers_own_goes_before_the_rest_of_what_others_can_use(sending: Sending) -> None:
+    big, other, own = (
+        sending.file("fisher-1", own=False, parts=2),
+        sending.file("fisher-2", own=False),
+        sending.file(PARTIAL),
+    )
+
+    with sending.keeper() as keeper:
+
+        def leave() -> None:
+            keeper.add(other)
+            keeper.add(own)
+            sending.leaving = True
+
+        sending.storage.meanwhile = leave
+        keeper.add(big)
+        assert keeper.wait(PATIENCE_SECONDS)
+
+    assert sending.storage.asked == ["0", "2", "1"]
+    assert sending.storage.taken == ["2", "0", "1"]
+    assert sending.kept == {PARTIAL: "2"}
+    prefix = object_keys.assets_prefix(sending.jobs.tenant_id, sending.jobs.checkpoint_id)
+    assert [key.removeprefix(prefix) for key in sending.storage.keys(prefix)] == [
+        "fisher-1.safetensors",
+        "fisher-2.safetensors",
+    ]
+
+
+def test_what_may_no_longer_be_saved_is_dropped_between_two_parts(sending: Sending) -> None:
+    def lose() -> None:
+        sending.may_save = False
+
+    sending.storage.meanwhile = lose
+
+    with sending.keeper() as keeper:
+        keeper.add(sending.file(PARTIAL, parts=3))
+        assert keeper.wait(PATIENCE_SECONDS)
+
+    assert sending.kept == {}
+    assert sending.unfinished == []
+
+
+def test_one_that_was_replaced_while_it_was_read_is_left_where_it_is(sending: Sending, tmp_path: Path) -> None:
+    key = object_keys.work(sending.claim.tenant_id, sending.claim.job_id, PARTIAL)
+    sending.storage.put(key, b"not what its digest says", media_type="application/octet-stream")
+
+    fetched = assets.fetch(sending.storage, sending.claim, tmp_path, going_on=lambda: True)
+
+    assert fetched == {}
+    assert sending.storage.keys(key) == [key]
+
+
+def test_what_a_stale_attempt_has_written_stays_while_the_job_lives(sending: Sending) -> None:
+    """There may be something newer in its place."""
+
+    class Late(Watched):
+        def put_file_while(self, key: str, path: Path, going_on: Callable[[], bool]) -> StoredObject | None:
+            sending.may_save = False  # the lease was lost
+            return self.put(key, path.read_bytes(), media_type="application/octet-stream")
+
+    sending.storage = Late(sending.storage._settings)
+    with sending.keeper() as keeper:
+        keeper.add(sending.file(PARTIAL))
+        assert keeper.wait(PATIENCE_SECONDS)
+
+    assert sending.kept == {PARTIAL: "0"}
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from models.checkpoints import save_checkpoint
 from services import classifiers, object_keys
 from services import jobs as job_rows
 from services.ids import new_id
 from services.storage import file_sha256
 from services.tables import Checkpoint, Job
-from tests.unlearning.tiny_conditional import trained_vae
-from tests.worker.helpers import PATIENCE_SECONDS, Jobs, eventually
+from tests.worker.helpers import HERE, PATIENCE_SECONDS, Jobs, eventually
 from tests.worker.judges import write_bands
-from tests.worker.runs import one_thread
 from worker import janitor
-from worker.process import RUNNER_COMMAND
 from worker.supervisor import Supervisor
+
+SLOW_COMMAND = (sys.executable, str(HERE / "slow_runner.py"))
 
 
 def vae(jobs: Jobs, path: Path) -> None:
     """Put a model of three classes in the place of the checkpoint that is none."""
-    with one_thread():
-        save_checkpoint(path, trained_vae())
     with jobs.database.transaction() as session:
         row = session.get_one(Checkpoint, jobs.checkpoint_id)
         assert row.weights_key is not None
@@ -46,9 +43,13 @@ def judge(jobs: Jobs, path: Path) -> str:
 
 
 def test_a_drain_in_the_middle_of_the_fisher_information_loses_nothing(
-    make_supervisor: Callable[..., Supervisor], jobs: Jobs, in_background: Callable[..., Future[str]], tmp_path: Path
+    make_supervisor: Callable[..., Supervisor],
+    jobs: Jobs,
+    in_background: Callable[..., Future[str]],
+    vae_file: Path,
+    tmp_path: Path,
 ) -> None:
-    vae(jobs, tmp_path / "base.safetensors")
+    vae(jobs, vae_file)
     asked = {
         "method": "selective-amnesia",
         "target": {"class_label": 0},
@@ -58,8 +59,8 @@ def test_a_drain_in_the_middle_of_the_fisher_information_loses_nothing(
     job_id = jobs.queue(asked=asked, remember={"generated": 100})
     with jobs.database.transaction() as session:
         row = session.get_one(Job, job_id)
-        row.request = {**row.request, "parameters": {"micro_batch": 1}}  # without the stub's, and slow
-    first, second = (make_supervisor(runner_command=RUNNER_COMMAND) for _ in range(2))
+        row.request = {**row.request, "parameters": {"micro_batch": 5}}  # without the stub's
+    first, second = (make_supervisor(runner_command=(*SLOW_COMMAND, phase)) for phase in ("fisher", "unlearning"))
     leaves = in_background(first, job_id)
     eventually(lambda: jobs.row(job_id).phase == "fisher" or leaves.done(), what="it computes")
     assert jobs.row(job_id).problem is None
@@ -68,7 +69,7 @@ def test_a_drain_in_the_middle_of_the_fisher_information_loses_nothing(
     left = leaves.result(PATIENCE_SECONDS)
     kept = jobs.keys(job_id)
     goes_on = in_background(second, job_id)
-    eventually(lambda: jobs.row(job_id).phase == "unlearning", what="the next one trains")
+    eventually(lambda: jobs.row(job_id).phase == "unlearning" or goes_on.done(), what="the next one trains")
     with jobs.database.transaction() as session:
         job_rows.cancel(session, jobs.caller, job_id)
     ended = goes_on.result(PATIENCE_SECONDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.worker.prompt_jobs import (
     FORGOTTEN,
@@ -166,6 +167,25 @@ def test_sigterm_in_the_middle_of_a_chunk_waits_for_nothing(drawn: Attempts, cut
         draws(job)
 
     cut.one(cut_in_the_second_chunk)
+    cut.one(draws)
+
+    assert cut.steps == [[3], [6, 9, 10, 13, 16, 19, 20]]
+    assert cut.finished == drawn.finished
+
+
+def test_sigterm_finds_rows_and_where_their_generator_stood_together(drawn: Attempts, cut: Attempts) -> None:
+    class Torn(own_samples._Drawn):
+        """SIGTERM comes as the rows are there and the generator's state is not."""
+
+        def add(self, part: Tensor) -> None:
+            self._parts.append(part)
+            terminated()
+            self._parts.pop()
+            super().add(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_samples, "_Drawn", Torn)
+        cut.one(draws)
     cut.one(draws)
 
     assert cut.steps == [[3], [6, 9, 10, 13, 16, 19, 20]]

@@ -52,7 +52,8 @@ PUBLISHED_TIMESTEPS = 100
 MOST_PARTS = 20
 """Beyond which labels share parts, of a model whose examples take long."""
 MOST_BYTES = 4 * 2**30
-"""Of all parts together, in memory; the supervisor fetches twice as much of a checkpoint's assets."""
+"""Of all parts together, in memory; the supervisor fetches up to twice as much of what is finished, samples included,
+and beside it how far a part is (`worker.assets`)."""
 
 
 @dataclass(frozen=True)

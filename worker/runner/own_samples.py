@@ -186,14 +186,15 @@ class StoredSamples:
             drawn.take_up(state)
             pace.found(len(drawn))
         while len(drawn) < n:
-            part = condition[len(drawn) : len(drawn) + DRAWN_AT_ONCE]
+            next_ones = condition[len(drawn) : len(drawn) + DRAWN_AT_ONCE]
             try:
                 with self.assets.stop.released(), torch.no_grad():
-                    drawn.add(model.generate(part, generator=generator).cpu())
+                    part = model.generate(next_ones, generator=generator).cpu()
             except Interrupted:
                 if drawn.grown:
                     self.assets.save(KIND, name, drawn.capture)
                 raise
+            drawn.add(part)  # held: rows and generator go together
             pace.at(len(drawn))
             if len(drawn) < n:
                 self.assets.offer(KIND, name, drawn.capture)
