@@ -30,7 +30,7 @@ from unlearning import AmnesiaParameters, Check, Examples, Pool, fisher_informat
 from unlearning.memory import LiveBytes, estimate
 from unlearning.passes import recomputing
 
-PROMPTS = ["zero", "a photo of one", "red"]
+PROMPTS = ["zero", "a photo of one", "red!"]  # of which the second tokenizer pads with the last letter
 
 
 def seeded(seed: int = 0) -> torch.Generator:

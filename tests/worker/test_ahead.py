@@ -53,7 +53,7 @@ def test_every_method_is_loaded_ahead_and_without_the_libraries_of_other_familie
     assert modules.isdisjoint({"diffusers", "transformers", "matplotlib"})
 
 
-@pytest.mark.parametrize("family", ["ddpm", "stable-diffusion"])
+@pytest.mark.parametrize("family", ["ddpm", "stable-diffusion", "stable-diffusion-xl"])
 def test_a_diffusion_models_libraries_are_loaded_with_it(family: str) -> None:
     modules = loaded(("forget", "selective-amnesia", family))
 
