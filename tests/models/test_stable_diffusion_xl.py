@@ -104,8 +104,9 @@ def test_diffusers_tells_and_answers_the_same(zeros: bool, tmp_path: Path) -> No
     assert bool(model.told(model.null_condition[None]).any()) != zeros
 
 
-@pytest.mark.parametrize("changes", [{}, {"force_zeros_for_empty_prompt": False}], ids=str)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("prediction", "changes"), [("epsilon", {}), ("v_prediction", {"force_zeros_for_empty_prompt": False})]
+)
 def test_diffusers_opens_the_tar_and_draws_what_the_model_draws(
     prediction: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
