@@ -26,7 +26,9 @@ __all__ = [
     "JobResource",
 ]
 
-Family = Literal["glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae", "ddpm", "stable-diffusion"]
+Family = Literal[
+    "glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae", "ddpm", "stable-diffusion", "stable-diffusion-xl"
+]  # fmt: skip
 Prediction = Literal["epsilon", "v_prediction"]
 Output = Literal["logits", "probabilities", "score"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +145,7 @@ def load(
     cache_dir: Path | None = None, callback: Report | None = None, recipe: PipelineRecipe = RECIPE
 ) -> StableDiffusion:
     """The trained pipeline as a model of this library, with the sampler that the recipe is judged by."""
-    model = load_folder(captioned_digits(cache_dir, callback, recipe))
+    model = cast(StableDiffusion, load_folder(captioned_digits(cache_dir, callback, recipe)))
     model.sampling = sampling_of(recipe)
     return model
 

@@ -32,7 +32,7 @@ from models.errors import (
     UnknownFamilyError,
     UnsafeCheckpointError,
 )
-from models.families import FAMILIES
+from models.families import FAMILIES, PIPELINES
 from models.folder_files import is_tar
 from models.single_file_names import is_single_file
 from models.tarflow import INPUT_SCALE
@@ -59,8 +59,8 @@ def convert(
 
     Accepted: our own files (verified and copied), and plain state dicts, as safetensors or as a torch archive, of the
     Flow Taming authors' Glow layout, of Apple's TarFlow layout, of the Selective Amnesia authors' VAE layout, and of
-    diffusers' `UNet2DModel` with classes. Everything that shapes tell is inferred. Stable Diffusion 1.x and 2.x: a
-    plain tar of a diffusers folder, or a single safetensors file of the CompVis layout.
+    diffusers' `UNet2DModel` with classes. Everything that shapes tell is inferred. Stable Diffusion 1.x, 2.x and XL:
+    a plain tar of a diffusers folder; of 1.x and 2.x also a single safetensors file of the CompVis layout.
 
     Args:
         source: the file as uploaded.
@@ -116,17 +116,17 @@ def _stable_diffusion(
     from models.diffusers_folder import import_folder_tar
     from models.single_file import import_single_file
 
-    if family not in (None, "stable-diffusion"):
+    if family not in (None, *PIPELINES):
         raise ManifestError(f"family was stated as {family!r}; the file is of the layout of Stable Diffusion")
     if is_tar(source):
         model, extra = import_folder_tar(source)
     else:
         model, extra = import_single_file(source, prediction_type=prediction_type, image_size=image_size)
     says = {
-        "image_size": model.image_shape[1], "n_bits": model.n_bits,
+        "family": model.family, "image_size": model.image_shape[1], "n_bits": model.n_bits,
         "prediction_type": model.diffusion.config["prediction_type"],
     }  # fmt: skip
-    stated = {"image_size": image_size, "n_bits": n_bits, "prediction_type": prediction_type}
+    stated = {"family": family, "image_size": image_size, "n_bits": n_bits, "prediction_type": prediction_type}
     for name, value in stated.items():
         if value is not None and value != says[name]:
             raise ManifestError(f"{name} was stated as {value!r}; the file says {says[name]!r}")

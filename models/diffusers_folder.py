@@ -9,33 +9,30 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from models.diffusion import KNOWN
 from models.errors import CheckpointFormatError, UnknownFamilyError, UnsafeCheckpointError
 from models.folder_files import files_of_folder, files_of_tar
+from models.latent_diffusion import LatentDiffusion
 from models.prompt_tokens import MAX_FILE_BYTES, SPECIAL
 from models.stable_diffusion import StableDiffusion
-from models.stable_diffusion_parts import TEXT_ENCODER, UNET, VAE, adopted
-from models.stable_diffusion_state import assembled, read_json, renamed
+from models.stable_diffusion_parts import adopted
+from models.stable_diffusion_state import TokenizerFiles, assembled, read_json, renamed
+from models.stable_diffusion_xl import StableDiffusionXL
 from models.tensor_files import Extent, encoded, quoted
 
 __all__ = ["import_folder_tar", "load_folder", "read_folder_tar", "write_folder", "write_folder_tar"]
 
 INDEX = "model_index.json"
-CONFIGS = {
-    "unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}  # fmt: skip
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
-}  # fmt: skip
-"""Name of the weights' file by folder, without what tells variant, shard and format."""
+SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Name of the weights' file by the library of the network, without what tells variant, shard and format."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Layers of a VAE's attention by the names that old folders give them."""
 METADATA = {"format": "pt"}
@@ -46,7 +43,38 @@ File = tuple[str, int, Iterable[bytes | memoryview]]
 """A file to be written: its path, its size in bytes, and its parts."""
 
 
-def read_folder_tar(path: Path | str) -> StableDiffusion:
+@dataclass(frozen=True)
+class _Kind:
+    """A pipeline that is read and written."""
+
+    called: str
+    """In messages."""
+    pipeline: str
+    """Its class; those that are called alike, with an ending of their own, have the same parts."""
+    model: type[LatentDiffusion]
+    absent: tuple[str, ...]
+    """Parts that it is written without."""
+    settings: Mapping[str, bool]
+    """What its index tells a model beside the parts, as it is where the index is silent."""
+    written: Mapping[str, bool]
+    """What it is written with, where the model does not say."""
+
+    def weights(self) -> dict[str, str]:
+        """The weights' file of each part, without what tells variant, shard and format."""
+        return {name: f"{name}/{WEIGHTS[part.written[0]]}" for name, part in self.model.PARTS.items()}
+
+
+XL = _Kind(
+    "Stable Diffusion XL", "StableDiffusionXL", StableDiffusionXL, ("feature_extractor", "image_encoder"),
+    {"force_zeros_for_empty_prompt": True}, {},
+)  # fmt: skip
+FIRST = _Kind(
+    "Stable Diffusion 1.x and 2.x", "StableDiffusion", StableDiffusion,
+    ("feature_extractor", "image_encoder", "safety_checker"), {}, {"requires_safety_checker": False},
+)  # fmt: skip
+
+
+def read_folder_tar(path: Path | str) -> LatentDiffusion:
     """The model in a plain tar of a folder that a diffusers pipeline's `save_pretrained` wrote.
 
     Raises:
@@ -55,12 +83,12 @@ def read_folder_tar(path: Path | str) -> StableDiffusion:
     return import_folder_tar(path)[0]
 
 
-def import_folder_tar(path: Path | str) -> tuple[StableDiffusion, dict[str, Any]]:
+def import_folder_tar(path: Path | str) -> tuple[LatentDiffusion, dict[str, Any]]:
     """`read_folder_tar`, beside facts for the manifest: what the folder was, and what of it was left out."""
     return _read(files_of_tar(path, INDEX))
 
 
-def load_folder(folder: Path | str) -> StableDiffusion:
+def load_folder(folder: Path | str) -> LatentDiffusion:
     """The model in a folder that a diffusers pipeline's `save_pretrained` wrote.
 
     Raises:
@@ -69,8 +97,9 @@ def load_folder(folder: Path | str) -> StableDiffusion:
     return _read(files_of_folder(folder, INDEX))[0]
 
 
-def write_folder(model: StableDiffusion, folder: Path | str) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained` opens: float32 safetensors, no safety checker.
+def write_folder(model: LatentDiffusion, folder: Path | str) -> None:
+    """Write a folder that the `from_pretrained` of its pipeline opens, of `StableDiffusionPipeline` or
+    `StableDiffusionXLPipeline`: float32 safetensors, no safety checker.
 
     Its scheduler is DDIM, by which the model draws here. Equal models give equal bytes.
     """
@@ -82,7 +111,7 @@ def write_folder(model: StableDiffusion, folder: Path | str) -> None:
                 file.write(part)
 
 
-def write_folder_tar(model: StableDiffusion, path: Path | str) -> None:
+def write_folder_tar(model: LatentDiffusion, path: Path | str) -> None:
     """`write_folder`, as a plain tar with the files at its top; weights are written as they lie in memory."""
     with Path(path).open("wb") as file:
         for name, size, parts in _files(model):
@@ -95,24 +124,25 @@ def write_folder_tar(model: StableDiffusion, path: Path | str) -> None:
         file.write(bytes(-(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
 
 
-def _read(files: Mapping[str, Extent]) -> tuple[StableDiffusion, dict[str, Any]]:
+def _read(files: Mapping[str, Extent]) -> tuple[LatentDiffusion, dict[str, Any]]:
     index = read_json(files[INDEX], INDEX)
-    _check_index(index, files)
-    configs: dict[str, Any] = {part: read_json(files[name], name) for part, name in CONFIGS.items()}
-    configs["unet"] = adopted("U-Net", configs["unet"], UNET, UNet2DConditionModel)
-    configs["vae"] = adopted("VAE", configs["vae"], VAE, AutoencoderKL)
-    configs["text_encoder"] = adopted("text encoder", configs["text_encoder"], TEXT_ENCODER, None)
-    trained_betas = configs["scheduler"].get("trained_betas")
-    configs["scheduler"] = {name: value for name, value in configs["scheduler"].items() if name in KNOWN}
-    if trained_betas is not None:
+    kind = XL if str(index.get("_class_name")).startswith(XL.pipeline) else FIRST
+    _check_index(kind, index, files)
+    configs: dict[str, Any] = {
+        name: adopted(part, read_json(files[_config(name)], _config(name)), kind.called)
+        for name, part in kind.model.PARTS.items()
+    }
+    scheduler = read_json(files[SCHEDULER], SCHEDULER)
+    if scheduler.get("trained_betas") is not None:
         raise CheckpointFormatError("the scheduler lists its betas (trained_betas), which is not supported")
-    vocab, merges = _tokenizer_files(files)
-    special = _special_tokens(files, vocab)
+    configs["scheduler"] = {name: value for name, value in scheduler.items() if name in KNOWN}
+    configs |= {name: index.get(name, default) for name, default in kind.settings.items()}
+    tokenizers = {name: _tokenizer(name, files) for name in kind.model.TOKENIZERS}
     weights = {}
-    for part in WEIGHTS:
-        weights.update(renamed(_weights_of(part, files), partial(_our_name, part)))
-    model = assembled(configs, weights, (vocab, merges), special)
-    used = {INDEX.partition("/")[0], *WEIGHTS, "scheduler", "tokenizer"}
+    for part, stem in kind.weights().items():
+        weights.update(renamed(_weights_of(part, stem, files), partial(_our_name, part)))
+    model = assembled(kind.model, configs, weights, tokenizers)
+    used = {INDEX, *kind.model.PARTS, *tokenizers, "scheduler"}
     return model, {
         "converted_from": "diffusers folder",
         "pipeline": str(index.get("_class_name"))[:80],
@@ -120,33 +150,42 @@ def _read(files: Mapping[str, Extent]) -> tuple[StableDiffusion, dict[str, Any]]
     }
 
 
-def _check_index(index: Mapping[str, Any], files: Mapping[str, Extent]) -> None:
+def _config(part: str) -> str:
+    return f"{part}/config.json"
+
+
+def _check_index(kind: _Kind, index: Mapping[str, Any], files: Mapping[str, Extent]) -> None:
     """Refuse other pipelines, by what they have and what they lack."""
     folders = {name.partition("/")[0] for name in files if "/" in name}
     pipeline = quoted(index.get("_class_name"))
     if "unet" not in folders:
         inside = " (it has a transformer instead: SD 3, Flux and the like)" if "transformer" in folders else ""
         raise UnknownFamilyError(
-            f"the pipeline {pipeline} has no U-Net{inside}; this release takes Stable Diffusion 1.x and 2.x"
+            f"the pipeline {pipeline} has no U-Net{inside}; this release takes Stable Diffusion 1.x, 2.x and XL"
         )
-    if odd := sorted({"text_encoder_2", "image_encoder", "controlnet", "low_res_scheduler"} & folders):
+    others = {"text_encoder_2", "image_encoder", "controlnet", "low_res_scheduler"} - kind.model.PARTS.keys()
+    if odd := sorted(others & folders):
         raise UnknownFamilyError(
-            f"the pipeline {pipeline} has a {odd[0]}: it is of another kind than Stable Diffusion 1.x and 2.x (SDXL, "
-            "image prompts, ControlNet, upscaling); give a plain text-to-image folder"
+            f"the pipeline {pipeline} has a {odd[0]}: it is of another kind than {kind.called} (image prompts, "
+            "ControlNet, upscaling, or an SDXL whose index names another class); give a plain text-to-image folder"
         )
-    for part, name in CONFIGS.items():
+    if kind is XL and (index.get("requires_aesthetics_score") or index.get("text_encoder") == [None, None]):
+        raise UnknownFamilyError(
+            f"the pipeline {pipeline} reads prompts with one text encoder alone: an SDXL refiner; give the base model"
+        )
+    for part, name in {**{part: _config(part) for part in kind.model.PARTS}, "scheduler": SCHEDULER}.items():
         if name not in files:
             raise CheckpointFormatError(f"the pipeline {pipeline} lacks its {part}: {name} is not in the folder")
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-    for part, expected in classes.items():
+    for part, expected in kind.model.PARTS.items():
         named = index.get(part)
-        if not isinstance(named, list) or len(named) != 2 or named[1] != expected:
-            raise UnknownFamilyError(f"the pipeline's {part} is {quoted(named)}; this release takes a {expected}")
+        if not isinstance(named, list) or len(named) != 2 or named[1] != expected.written[1]:
+            raise UnknownFamilyError(
+                f"the pipeline's {part} is {quoted(named)}; this release takes a {expected.written[1]}"
+            )
 
 
-def _weights_of(part: str, files: Mapping[str, Extent]) -> dict[str, Extent]:
+def _weights_of(part: str, stem: str, files: Mapping[str, Extent]) -> dict[str, Extent]:
     """The safetensors of a part: one file, or all shards; in full precision where the folder has it twice."""
-    stem = f"{part}/{WEIGHTS[part]}"
     for variant in ("", ".fp32", ".fp16", ".bf16"):
         if (single := f"{stem}{variant}.safetensors") in files:
             return {single: files[single]}
@@ -171,25 +210,30 @@ def _weights_of(part: str, files: Mapping[str, Extent]) -> dict[str, Extent]:
 
 def _our_name(part: str, name: str) -> str | None:
     """Names that older releases of the libraries gave, as those of today."""
+    if name.endswith("embeddings.position_ids"):  # counted anew
+        return None
     if part == "text_encoder":
         name = name.removeprefix("text_model.")
-        if name == "embeddings.position_ids":  # counted anew
-            return None
     if part == "vae" and (match := re.fullmatch(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\..*)", name)):
         name = match.group(1) + OLD_ATTENTION[match.group(2)] + match.group(3)
     return f"{part}.{name}"
 
 
-def _tokenizer_files(files: Mapping[str, Extent]) -> tuple[bytes, bytes]:
+def _tokenizer(folder: str, files: Mapping[str, Extent]) -> TokenizerFiles:
+    vocab, merges = _tokenizer_files(folder, files)
+    return TokenizerFiles(vocab, merges, _special_tokens(folder, files, vocab))
+
+
+def _tokenizer_files(folder: str, files: Mapping[str, Extent]) -> tuple[bytes, bytes]:
     """vocab.json and merges.txt, or what tokenizer.json says in their place."""
-    names = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")]
+    names = [f"{folder}/{name}" for name in ("vocab.json", "merges.txt")]
     for name in names:
         if name in files and files[name].size > MAX_FILE_BYTES:
             raise CheckpointFormatError(f"{name} has {files[name].size:,} bytes; the most is {MAX_FILE_BYTES:,}")
     if all(name in files for name in names):
         return files[names[0]].read(), files[names[1]].read()
-    if (name := "tokenizer/tokenizer.json") not in files:
-        raise CheckpointFormatError("the tokenizer is missing: there is no tokenizer/vocab.json with a merges.txt")
+    if (name := f"{folder}/tokenizer.json") not in files:
+        raise CheckpointFormatError(f"the {folder} is missing: there is no {folder}/vocab.json with a merges.txt")
     model = read_json(files[name], name, MAX_FILE_BYTES).get("model")
     pairs = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(pairs, list) or model.get("end_of_word_suffix") != "</w>":
@@ -201,11 +245,11 @@ def _tokenizer_files(files: Mapping[str, Extent]) -> tuple[bytes, bytes]:
     return vocab.encode(errors="replace"), "\n".join(["#version: 0.2", *lines, ""]).encode(errors="replace")
 
 
-def _special_tokens(files: Mapping[str, Extent], vocab: bytes) -> dict[str, str]:
+def _special_tokens(folder: str, files: Mapping[str, Extent], vocab: bytes) -> dict[str, str]:
     """The special tokens as transformers reads them: special_tokens_map.json counts before tokenizer_config.json, but
     where the latter lists added tokens itself."""
     config, before, added = (
-        read_json(files[name], name) if (name := f"tokenizer/{one}") in files else {}
+        read_json(files[name], name) if (name := f"{folder}/{one}") in files else {}
         for one in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     decoder = config.get("added_tokens_decoder")
@@ -215,10 +259,10 @@ def _special_tokens(files: Mapping[str, Extent], vocab: bytes) -> dict[str, str]
     try:
         known = json.loads(vocab)
     except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError("the tokenizer's vocab.json is no JSON") from error
+        raise CheckpointFormatError(f"the {folder}'s vocab.json is no JSON") from error
     if odd := [one for one in names if not isinstance(known, dict) or one not in known]:
         raise CheckpointFormatError(
-            f"the tokenizer adds {quoted(odd[0])} to its vocabulary, as textual inversion does, which is not "
+            f"the {folder} adds {quoted(odd[0])} to its vocabulary, as textual inversion does, which is not "
             "supported; save the pipeline without the added tokens"
         )
     found = {**config, **(before if "added_tokens_decoder" not in config else {})}
@@ -233,35 +277,39 @@ def _content(token: Any) -> str:
     return text
 
 
-def _files(model: StableDiffusion) -> Iterator[File]:
-    """Every file of the folder, weights last of their part, in an order that is always the same."""
+def _files(model: LatentDiffusion) -> Iterator[File]:
+    """Every file of the folder, weights last, in an order that is always the same."""
+    kind = XL if isinstance(model, XL.model) else FIRST
     architecture = model.architecture
     ours = {"_diffusers_version": diffusers.__version__}
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline", **ours, "requires_safety_checker": False,
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], **{part: ["diffusers", name] for part, name in classes.items()},
-        **{part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")},
+        "_class_name": f"{kind.pipeline}Pipeline", **ours, **kind.written, "scheduler": ["diffusers", "DDIMScheduler"],
+        **{name: architecture[name] for name in kind.settings},
+        **{name: ["transformers", "CLIPTokenizer"] for name in model.tokenizers},
+        **{name: part.written for name, part in model.PARTS.items()},
+        **{name: [None, None] for name in kind.absent},
     }  # fmt: skip
     yield _json(INDEX, index)
-    yield _json(CONFIGS["scheduler"], {"_class_name": "DDIMScheduler", **ours, **architecture["scheduler"]})
-    special = {name: architecture["tokenizer"][name] for name in SPECIAL}
-    most = {"model_max_length": model.tokenizer.positions}
-    yield _json("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", **special, **most})
-    yield _json("tokenizer/special_tokens_map.json", special)
-    for name, buffer in (("vocab.json", model.tokenizer.vocab), ("merges.txt", model.tokenizer.merges)):
-        data = buffer.cpu().numpy().tobytes()
-        yield f"tokenizer/{name}", len(data), [data]
-    for part, name in classes.items():
-        yield _json(CONFIGS[part], {"_class_name": name, **ours, **architecture[part]})
-    told = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"}
-    yield _json(CONFIGS["text_encoder"], {**told, **architecture["text_encoder"]})
-    for part, stem in WEIGHTS.items():
-        prefix = "text_model." if part == "text_encoder" else ""  # as all releases of transformers read it
-        state = getattr(model, part).state_dict()
-        size, parts = encoded({f"{prefix}{name}": value for name, value in state.items()}, METADATA)
-        yield f"{part}/{stem}.safetensors", size, parts
+    yield _json(SCHEDULER, {"_class_name": "DDIMScheduler", **ours, **architecture["scheduler"]})
+    for folder, tokenizer in model.tokenizers.items():
+        special = {name: tokenizer.config[name] for name in SPECIAL}
+        most = {"model_max_length": tokenizer.positions}
+        yield _json(f"{folder}/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", **special, **most})
+        yield _json(f"{folder}/special_tokens_map.json", special)
+        for name, buffer in (("vocab.json", tokenizer.vocab), ("merges.txt", tokenizer.merges)):
+            data = buffer.cpu().numpy().tobytes()
+            yield f"{folder}/{name}", len(data), [data]
+    for name, part in model.PARTS.items():
+        library, called = part.written
+        told: dict[str, Any] = {"_class_name": called, **ours}
+        if library == "transformers":
+            told = {"architectures": [called], "model_type": "clip_text_model", "torch_dtype": "float32"}
+        yield _json(_config(name), {**told, **architecture[name]})
+    for name, stem in kind.weights().items():
+        prefix = "text_model." if name == "text_encoder" else ""  # as all releases of transformers read it
+        state = getattr(model, name).state_dict()
+        size, parts = encoded({f"{prefix}{own}": value for own, value in state.items()}, METADATA)
+        yield f"{stem}.safetensors", size, parts
 
 
 def _json(name: str, content: Mapping[str, Any]) -> File:

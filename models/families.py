@@ -14,7 +14,7 @@ from models.realnvp import RealNVP
 from models.tarflow import TarFlow
 from models.vae import ConditionalVAE
 
-__all__ = ["CONDITIONALS", "FAMILIES", "FLOWS", "Family"]
+__all__ = ["CONDITIONALS", "FAMILIES", "FLOWS", "PIPELINES", "Family"]
 
 M_co = TypeVar("M_co", bound=Checkpointed, covariant=True)
 
@@ -113,7 +113,23 @@ CONDITIONALS: dict[str, Family[CheckpointedConditional]] = {
             "sampling": dict,
         },
     ),
+    "stable-diffusion-xl": Family(
+        _Later("models.stable_diffusion_xl", "StableDiffusionXL"),
+        {
+            "unet": dict,
+            "vae": dict,
+            "text_encoder": dict,
+            "text_encoder_2": dict,
+            "tokenizer": dict,
+            "tokenizer_2": dict,
+            "force_zeros_for_empty_prompt": bool,
+            "scheduler": dict,
+            "sampling": dict,
+        },
+    ),
 }
 """Models p(x | c) that are known by a bound of their likelihood; likewise by name."""
+PIPELINES = ("stable-diffusion", "stable-diffusion-xl")
+"""Those that are a pipeline of diffusers: `models.diffusers_folder` reads and writes them."""
 FAMILIES: dict[str, Family[Checkpointed]] = {**FLOWS, **CONDITIONALS}
 """All of them."""

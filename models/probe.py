@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.errors import UnusableModelError, WrongKindError
+from models.families import PIPELINES
 from models.images import denoised, flow_input, to_uint8
 from models.probe_vae import probe_vae
 from models.protocol import Checkpointed, CheckpointedFlow
@@ -80,7 +81,7 @@ def probe(model: Checkpointed) -> list[str]:
         from models.probe_ddpm import ClassDiffusion, probe_ddpm  # which imports diffusers, as the model did
 
         return probe_ddpm(cast(ClassDiffusion, model))
-    if getattr(model, "family", None) == "stable-diffusion":
+    if getattr(model, "family", None) in PIPELINES:
         from models.probe_stable_diffusion import probe_stable_diffusion  # likewise
 
         return probe_stable_diffusion(cast(Any, model))

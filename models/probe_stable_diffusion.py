@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.errors import UnusableModelError
-from models.stable_diffusion import StableDiffusion
+from models.latent_diffusion import LatentDiffusion
 
 SEED = 0
 SIDE = 16
@@ -28,7 +28,7 @@ APART = 1e-4
 
 
 @torch.no_grad()
-def probe_stable_diffusion(model: StableDiffusion) -> list[str]:
+def probe_stable_diffusion(model: LatentDiffusion) -> list[str]:
     """Draw a small image, pass it through the VAE, and its noisy latents through the U-Net under two prompts.
 
     The seed is fixed; 12 rows go through the U-Net.
@@ -45,12 +45,11 @@ def probe_stable_diffusion(model: StableDiffusion) -> list[str]:
     steps, noise = model.diffusion.draw_stratified(STEPS, tuple(x.shape[1:]), generator=generator)
     steps, noise = steps.to(x.device), noise.to(x.device)
     null = model.null_condition[None]  # (1, tokens)
-    other = torch.randint(model.tokenizer.vocab_size, null.shape, generator=generator)
+    known = min(one.vocab_size for one in model.tokenizers.values())
+    other = torch.randint(known, null.shape, generator=generator)
     rows = x.expand(STEPS, *x.shape[1:])
     noised, target = model.diffusion.noised(rows, steps, noise), model.diffusion.target(rows, steps, noise)
-    plain, told = (
-        model.answer(noised, steps, model.told(condition).expand(STEPS, -1, -1)) for condition in (null, other)
-    )
+    plain, told = (model.answer(noised, steps, model.told(condition.expand(STEPS, -1))) for condition in (null, other))
     share = float((plain - target).square().mean() / target.square().mean())
     if not math.isfinite(share) or not bool(torch.isfinite(told).all()):
         raise UnusableModelError(
@@ -76,7 +75,7 @@ def probe_stable_diffusion(model: StableDiffusion) -> list[str]:
     return warnings
 
 
-def _drawn(model: StableDiffusion, generator: torch.Generator) -> tuple[Tensor, float]:
+def _drawn(model: LatentDiffusion, generator: torch.Generator) -> tuple[Tensor, float]:
     """The latent of an image that the model draws, (1, c, s, s), and the mean error of a pixel on its way back."""
     architecture = model.architecture
     halvings = 2 ** (len(architecture["unet"]["block_out_channels"]) - 1)

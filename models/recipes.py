@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models.errors import ModelError
-from models.families import FAMILIES, FLOWS
+from models.families import FAMILIES, FLOWS, PIPELINES
 from models.protocol import Checkpointed, CheckpointedFlow
 from models.training_recipes import AutoencoderRecipe, TrainingRecipe, TransformerRecipe
 
@@ -25,7 +25,7 @@ SMALL_TOKENS, TOKENS = 64, 256
 """Most tokens that an image is cut into by default, up to `SMALL_SIDE` and above: attention costs their square."""
 WIDTHS = ("hidden", "channels")
 """The lists of an architecture that hold numbers; other lists hold truth values."""
-TRAINABLE = tuple(sorted(FAMILIES.keys() - {"stable-diffusion"}))
+TRAINABLE = tuple(sorted(FAMILIES.keys() - set(PIPELINES)))
 """Families that are trained here; the others come from elsewhere."""
 NAMES_FOR_NULL = ("none", "null")
 RANGES: dict[str, tuple[float, float]] = {

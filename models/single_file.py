@@ -18,7 +18,7 @@ from models.errors import ArchitectureError, ManifestError, MissingFactError, Te
 from models.single_file_names import CLIP, OPEN_CLIP, UNET, VAE, clip_name, open_clip_name, unet_name, vae_name
 from models.stable_diffusion import StableDiffusion
 from models.stable_diffusion_parts import MAX_LEVELS, scale_of
-from models.stable_diffusion_state import assembled, renamed
+from models.stable_diffusion_state import TokenizerFiles, assembled, renamed
 from models.tensor_files import Extent, quoted, read_header
 
 __all__ = ["import_single_file", "load_single_file"]
@@ -83,7 +83,8 @@ def import_single_file(
             "tokenizer: give the diffusers folder as a tar"
         )
     weights = renamed({"": file}, _renaming(configs), _reshaped)
-    model = assembled(configs, _split(weights), clip_vocabulary(), template["tokenizer"])
+    tokenizer = TokenizerFiles(*clip_vocabulary(), template["tokenizer"])
+    model = assembled(StableDiffusion, configs, _split(weights), {"tokenizer": tokenizer})
     known = (UNET, VAE, CLIP, OPEN_CLIP)
     return model, {
         "converted_from": "single file",
@@ -98,7 +99,9 @@ def _template(name: str) -> dict[str, Any]:
 
 def _check_parts(shapes: Shapes) -> None:
     if any(name.startswith("conditioner.embedders.") for name in shapes):
-        raise UnknownFamilyError("the file holds an SDXL model; this release takes Stable Diffusion 1.x and 2.x")
+        raise UnknownFamilyError(
+            "the file holds an SDXL model, which is read from its diffusers folder alone: give that, as a plain tar"
+        )
     parts = {"U-Net": (UNET,), "VAE": (VAE,), "text encoder": (CLIP, OPEN_CLIP)}
     missing = [part for part, prefixes in parts.items() if not any(name.startswith(prefixes) for name in shapes)]
     if "U-Net" in missing:

@@ -1,68 +1,22 @@
-"""Stable Diffusion 1.x and 2.x: a latent diffusion model of prompts, in one module and so in one checkpoint.
+"""Stable Diffusion 1.x and 2.x: a latent diffusion model of prompts, in one module and so in one checkpoint."""
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022). The networks are those of
-diffusers and transformers, under the names that they have there; importing them takes seconds, so `models.families`
-reaches for this module only when a model of this family is built.
-
-Another text-to-image architecture differs in three places, which are together here: what the network is told of a
-prompt (`told`), what it is called with (`answer`), and which of its weights a scope names (`SCOPES`).
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.architecture import check_image
-from models.conditional import Sampling
-from models.diffusion import KNOWN, Diffusion, Predict, check_sampling, guided
-from models.errors import ArchitectureError, ImageError
-from models.guided_diffusion import GuidedDiffusion
-from models.prompt_embeddings import Embeddings
-from models.prompt_tokens import PromptTokenizer
-from models.stable_diffusion_parts import (
-    TEXT_ENCODER,
-    UNET,
-    VAE,
-    check_together,
-    checked,
-    text_encoder_of,
-    unet_of,
-    vae_of,
-)
-from models.tensor_files import quoted
-from models.vae import ConditionError
+from models.latent_diffusion import N_BITS, SCOPES, LatentDiffusion
+from models.stable_diffusion_parts import PARTS, Part
 
 __all__ = ["SAMPLING", "SCOPES", "StableDiffusion"]
 
 SAMPLING = {"steps": 50, "guidance_scale": 7.5}
 """As the pipelines of SD 1.x and 2.x draw where they are told nothing."""
-N_BITS = 8
-DRAWN_POSITIONS = 2**14
-"""Latent positions of all images that are drawn at once: 4 of 512 x 512 pixels, under guidance 8 rows of the U-Net."""
-VAE_PIXELS = 2**19
-"""Pixels of all images that pass through the VAE at once: 2 of 512 x 512."""
-MOST_ROWS = 512
-
-KEPT_APART = ("unet.conv_norm_out.", "unet.conv_out.", "unet.time_embedding.")
-"""Left out of "all-but-cross-attention", as the paper's code leaves them: they concern every image."""
-SCOPES: dict[str, Callable[[str], bool]] = {
-    "all": lambda name: name.startswith("unet."),
-    "cross-attention": lambda name: name.startswith("unet.") and ".attn2." in name,
-    "all-but-cross-attention": lambda name: (
-        name.startswith("unet.") and ".attn2." not in name and not name.startswith(KEPT_APART)
-    ),
-}
-"""Which parameters can be trained: of the U-Net alone. Text encoder and VAE are as they came."""
 
 
-class StableDiffusion(GuidedDiffusion):
-    """p(x | prompt) over latents x of a VAE: a U-Net tells the noise in x_t from x_t, t and the prompt's embedding.
-
-    The loss of a row is the MEAN over the latent's elements of (answer - target)^2, where the target is the noise, the
-    velocity or x, as the scheduler's configuration has it. A condition is a row of token ids. All weights are float32.
+class StableDiffusion(LatentDiffusion):
+    """See `models.latent_diffusion.LatentDiffusion`; the U-Net is told the text encoder's last hidden states.
 
     Args:
         image_shape: (channels, side, side), what the VAE makes of latents of the U-Net's sample_size.
@@ -80,8 +34,9 @@ class StableDiffusion(GuidedDiffusion):
     """
 
     family: ClassVar[str] = "stable-diffusion"
-    unet: Any
-    vae: Any
+    PARTS: ClassVar[Mapping[str, Part]] = PARTS
+    TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
+    SAMPLING: ClassVar[Mapping[str, Any]] = SAMPLING
     text_encoder: Any
 
     def __init__(
@@ -97,220 +52,19 @@ class StableDiffusion(GuidedDiffusion):
         sampling: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.image_shape, self.n_bits = check_image(image_shape, n_bits), n_bits
-        if n_bits != N_BITS:
-            raise ArchitectureError(f"Stable Diffusion draws images of {N_BITS} bits a channel, not {n_bits}")
-        self._configs = {
-            "unet": checked("U-Net", unet, UNET),
-            "vae": checked("VAE", vae, VAE),
-            "text_encoder": checked("text encoder", text_encoder, TEXT_ENCODER),
-        }
-        check_together(**self._configs, image_shape=self.image_shape)
-        if not isinstance(scheduler, Mapping) or (odd := sorted(map(str, scheduler.keys() - KNOWN.keys()))):
-            raise ArchitectureError(f"the scheduler's configuration has unknown fields {quoted(odd)}; leave them out")
-        self.diffusion = Diffusion(scheduler)
-        self.sampling = _read_sampling(
-            SAMPLING | {"steps": min(SAMPLING["steps"], self.terms)} | dict(sampling or {}), self.terms
+        configs = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        tokenizers = {"tokenizer": tokenizer}
+        super().__init__(
+            image_shape, n_bits, configs, tokenizers, scheduler=scheduler, sampling=sampling, generator=generator
         )
-        positions, vocab_size = (self._configs["text_encoder"][of] for of in ("max_position_embeddings", "vocab_size"))
-        self.tokenizer = PromptTokenizer(tokenizer, positions, vocab_size)
-        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        with torch.random.fork_rng(devices=[]):  # the libraries draw from the global generator, which is put back
-            torch.default_generator.manual_seed(seed)
-            self.unet = unet_of(self._configs["unet"])
-            self.vae = vae_of(self._configs["vae"])
-            self.text_encoder = text_encoder_of(self._configs["text_encoder"])
-        if generator is None:
-            with torch.no_grad():
-                for parameter in self.parameters():
-                    parameter.zero_()
-        latent = self._configs["unet"]
-        self.latent_shape = (latent["in_channels"], latent["sample_size"], latent["sample_size"])
-        self._embeddings = Embeddings()
-        self.register_load_state_dict_post_hook(_forget_caches)  # type: ignore[no-untyped-call]  # torch's own
-        self.eval()
-
-    @property
-    def architecture(self) -> dict[str, Any]:
-        """The constructor's arguments beyond image shape and n_bits, as JSON values."""
-        return {
-            **{part: dict(config) for part, config in self._configs.items()},
-            "tokenizer": dict(self.tokenizer.config),
-            "scheduler": dict(self.diffusion.config),
-            "sampling": asdict(self.sampling),
-        }
-
-    @property
-    def null_condition(self) -> Tensor:
-        """The tokens of the empty prompt, int64 (tokens,): the condition of p(x)."""
-        return self.tokenizer.empty
-
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of prompts, int64 (n, tokens), on the CPU.
-
-        Raises:
-            PromptError: a prompt has no tokens, more than the model reads, or something that it does not know.
-        """
-        return self.tokenizer.rows(prompts)
-
-    def scopes(self) -> Mapping[str, Sequence[str]]:
-        """Names of what can be trained, by scope: see `SCOPES`."""
-        names = [name for name, _ in self.named_parameters()]
-        return {scope: [name for name in names if among(name)] for scope, among in SCOPES.items()}
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep the inputs of the U-Net's blocks alone, and compute the rest anew: less memory, equal gradients."""
-        self.unet.enable_gradient_checkpointing()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Latents of images: a draw from the VAE's posterior, times its scaling_factor.
-
-        Args:
-            images: uint8 (n, c, h, w).
-            generator: draws from the posterior, on the CPU, row by row.
-
-        Returns:
-            float32 (n, *latent_shape), on the device of the images.
-
-        Raises:
-            ImageError: they are not uint8, or of another shape.
-        """
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
-            raise ImageError(
-                f"the model takes uint8 images (n, {', '.join(map(str, self.image_shape))}), "
-                f"not {images.dtype} {tuple(images.shape)}"
-            )
-        found = []
-        for part in torch.split(images, self._vae_rows):
-            with self._exactly():
-                posterior = self.vae.encode(part.to(self._device).float() / 127.5 - 1).latent_dist
-            noise = self._noise(len(part), generator).to(self._device)
-            found.append(((posterior.mean + posterior.std * noise) * self._scaling_factor).to(images.device))
-        return torch.cat(found) if found else torch.empty(0, *self.latent_shape, device=images.device)
-
-    @torch.no_grad()
-    def images(self, x: Tensor) -> Tensor:
-        """Latents (n, *latent_shape) as images, uint8 (n, c, h, w), on the device of x."""
-        found = []
-        for part in torch.split(x, self._vae_rows):
-            with self._exactly():
-                decoded = self.vae.decode(part.to(self._device) / self._scaling_factor).sample
-            found.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(x.device, torch.uint8))
-        return torch.cat(found) if found else torch.empty(0, *self.image_shape, device=x.device, dtype=torch.uint8)
-
-    @torch.no_grad()
-    def generate(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw latents of each condition, by DDIM under guidance as `sampling` says.
-
-        Args:
-            condition: token ids, int64 (n, tokens).
-            generator: draws the noise to start from, on the CPU, row by row: the first rows of many are those of few.
-
-        Returns:
-            float32 (n, *latent_shape), on the model's device.
-        """
-        start = self._noise(len(condition), generator)
-        null = self.told(self.null_condition[None], 1)
-        rows = max(1, min(MOST_ROWS, DRAWN_POSITIONS // self.latent_shape[1] ** 2))
-        drawn = [torch.empty(0, *self.latent_shape, device=self._device)]
-        for noise, tokens in zip(torch.split(start, rows), torch.split(condition, rows), strict=True):
-            told = self.told(tokens, len(noise))
-            predict = guided(self.answer, told, null.expand_as(told), self.sampling.guidance_scale)
-            drawn.append(self.diffusion.reverse(predict, noise.to(self._device), self.sampling.steps).float())
-        return torch.cat(drawn)
-
-    def sample(self, condition: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw an image of each condition, uint8 (n, c, h, w), on the model's device."""
-        return self.images(self.generate(condition, generator=generator))
-
-    def told(self, condition: Tensor, n: int | None = None) -> Tensor:
-        """What the U-Net is told of prompts: the text encoder's last hidden states, (n, tokens, width), on its device.
-
-        Args:
-            condition: token ids, int64 (n, tokens).
-            n: how many there have to be.
-
-        Raises:
-            ConditionError: they are none, or another number.
-        """
-        n = len(condition) if n is None else n
-        positions, size = self.tokenizer.positions, self.tokenizer.vocab_size
-        if condition.dtype != torch.int64 or tuple(condition.shape) != (n, positions):
-            raise ConditionError(
-                f"conditions are rows of token ids (int64), ({n}, {positions}), not {condition.dtype} "
-                f"{tuple(condition.shape)}; `tokens` makes them of prompts"
-            )
-        if not n:
-            return torch.empty(0, positions, self._configs["text_encoder"]["hidden_size"], device=self._device)
-        if bool(((condition < 0) | (condition >= size)).any()):
-            raise ConditionError(f"a token id lies outside of 0 to {size - 1}; `tokens` makes them of prompts")
-        rows, which = self._embeddings.of(condition, self._embedded)
-        return rows.to(self._device)[which.to(self._device)]
 
     def answer(self, x: Tensor, steps: Tensor, told: Tensor) -> Tensor:
-        """What the U-Net answers, row by row, to x_t (n, c, h, w), timesteps (n,) and what it is told (`told`)."""
+        """What the U-Net answers to x_t (n, c, h, w), timesteps (n,) and hidden states (n, tokens, width)."""
         answer: Tensor = self.unet(x, steps, encoder_hidden_states=told).sample
         return answer
-
-    @property
-    def x_shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of a latent."""
-        return self.latent_shape
-
-    def _told(self, condition: Tensor, x: Tensor) -> Predict:
-        told = self.told(condition, len(x))
-        return lambda noised, steps: self.answer(noised, steps, told)
-
-    def _joined(self, errors: Tensor) -> Tensor:
-        mean: Tensor = errors.flatten(1).mean(dim=1)
-        return mean
 
     @torch.no_grad()
     def _embedded(self, row: Tensor) -> Tensor:
         with self._exactly():
             hidden: Tensor = self.text_encoder(row.to(self._device)).last_hidden_state
         return hidden
-
-    def _exactly(self) -> torch.autocast:
-        """In float32, whatever precision the caller trains in."""
-        return torch.autocast(self._device.type, enabled=False)
-
-    def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """N(0, I), (n, *latent_shape), row by row: a draw of many at once has other values than one of few."""
-        noise = torch.empty(n, *self.latent_shape)
-        for row in noise:
-            row.copy_(torch.randn(self.latent_shape, generator=generator))
-        return noise
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self.unet.parameters()).device
-        return device
-
-    @property
-    def _scaling_factor(self) -> float:
-        return float(self._configs["vae"]["scaling_factor"])
-
-    @property
-    def _vae_rows(self) -> int:
-        return max(1, min(MOST_ROWS, VAE_PIXELS // self.image_shape[1] ** 2))
-
-
-def _forget_caches(model: nn.Module, _: object) -> None:
-    """Other weights give other embeddings, and other files another tokenizer."""
-    if isinstance(model, StableDiffusion):
-        model._embeddings = Embeddings()
-        model.tokenizer.forget()
-
-
-def _read_sampling(values: Mapping[str, Any], terms: int) -> Sampling:
-    if values.keys() != SAMPLING.keys():
-        raise ArchitectureError(f"sampling is {', '.join(SAMPLING)}, not {quoted(sorted(map(str, values)))}")
-    scale = values["guidance_scale"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise ArchitectureError(f"the sampling's guidance_scale is a number, not {quoted(scale)}")
-    sampling = Sampling(values["steps"], float(scale))
-    check_sampling(sampling, terms)
-    return sampling

@@ -1,33 +1,25 @@
 """What a Stable Diffusion model is made of: the configurations that this release takes, and the networks of them.
 
 A configuration is a stranger's: every field that we know has a range, and is checked before anything is built. Fields
-of diffusers that are not in the tables here must have the value that leaves them without effect, as in SD 1.x and 2.x.
+of diffusers that are not in the tables here must have the value that leaves them without effect, as in SD 1.x and XL.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.architecture import check_ranges
 from models.errors import ArchitectureError
 from models.tensor_files import quoted
 
-__all__ = [
-    "TEXT_ENCODER",
-    "UNET",
-    "VAE",
-    "adopted",
-    "check_together",
-    "checked",
-    "text_encoder_of",
-    "unet_of",
-    "vae_of",
-]
+__all__ = ["PARTS", "PARTS_XL", "Part", "adopted", "check_together", "checked", "unet_of"]
 
 Check = Callable[[str, Any], Any]
 """The value of a named field as it is used; raises ArchitectureError where it is none."""
@@ -82,10 +74,24 @@ def _side(name: str, value: Any) -> int:
     return int(_whole(1, 1024)(name, value))
 
 
-def _heads(name: str, value: Any) -> Any:
-    """One number for all levels, or one each."""
-    each = _whole(1, 256)
-    return _levels(each)(name, value) if isinstance(value, list | tuple) else each(name, value)
+def _one_or_each(each: Check) -> Check:
+    """One value for all levels, or one each."""
+
+    def check(name: str, value: Any) -> Any:
+        return _levels(each)(name, value) if isinstance(value, list | tuple) else each(name, value)
+
+    return check
+
+
+def _switch(name: str, value: Any) -> bool:
+    """On or off; SDXL writes null for the latter."""
+    return bool(_one_of(True, False)(name, False if value is None else value))
+
+
+def _text_time(name: str, value: Any) -> str:
+    if value != "text_time":
+        raise ArchitectureError(f"{name} is {quoted(value)}, and SDXL's is 'text_time': it is no U-Net of SDXL")
+    return str(value)
 
 
 Fields = Mapping[str, tuple[Any, Check]]
@@ -101,12 +107,19 @@ UNET: Fields = {
     "up_block_types": (None, _levels(_one_of("CrossAttnUpBlock2D", "UpBlock2D"))),
     "layers_per_block": (2, _whole(1, 8)),
     "cross_attention_dim": (None, _whole(1, MAX_WIDTH)),
-    "attention_head_dim": (8, _heads),  # the number of heads, whatever diffusers calls it
+    "attention_head_dim": (8, _one_or_each(_whole(1, 256))),  # the number of heads, whatever diffusers calls it
     "use_linear_projection": (False, _one_of(True, False)),
-    "upcast_attention": (False, _one_of(True, False)),
+    "upcast_attention": (False, _switch),
     "norm_num_groups": (32, _whole(1, 256)),
     "norm_eps": (1e-5, _number(0, 1)),
     "act_fn": ("silu", _one_of(*ACTIVATIONS)),
+}
+UNET_XL: Fields = {
+    **UNET,
+    "transformer_layers_per_block": (1, _one_or_each(_whole(1, 32))),
+    "addition_embed_type": ("none", _text_time),
+    "addition_time_embed_dim": (None, _whole(2, MAX_WIDTH)),
+    "projection_class_embeddings_input_dim": (None, _whole(1, 16 * MAX_WIDTH)),
 }
 VAE: Fields = {
     "in_channels": (3, _whole(1, 4)),
@@ -135,6 +148,25 @@ TEXT_ENCODER: Fields = {
     "pad_token_id": (1, _whole(0, MAX_VOCABULARY)),
 }
 """Defaults are those of the classes of diffusers and transformers."""
+TEXT_ENCODER_2: Fields = {**TEXT_ENCODER, "projection_dim": (512, _whole(1, MAX_WIDTH))}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a pipeline."""
+
+    called: str
+    """In messages."""
+    fields: Fields
+    kind: type
+    """Its class."""
+    build: Callable[[Mapping[str, Any]], Any]
+    """The network of a checked configuration."""
+
+    @property
+    def written(self) -> list[str]:
+        """As a pipeline's index names its class: library and name."""
+        return [self.kind.__module__.partition(".")[0], self.kind.__name__]
 
 
 def checked(part: str, config: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
@@ -155,43 +187,48 @@ def checked(part: str, config: Mapping[str, Any], fields: Fields) -> dict[str, A
     return found
 
 
-def adopted(part: str, config: Mapping[str, Any], fields: Fields, model: type | None) -> dict[str, Any]:
+def adopted(part: Part, config: Mapping[str, Any], whose: str) -> dict[str, Any]:
     """A foreign configuration cut to the fields that we have, where the others have no effect.
 
     Args:
-        part: its name for messages.
+        part: which it is of. A field of a class of diffusers that we do not have must have its default; those of a text
+            encoder concern nothing that is used here.
         config: as diffusers or transformers wrote it.
-        fields: those that we have.
-        model: the class that diffusers would build; a field of it that we do not have must have its default. None
-            where other fields concern nothing that is used here.
+        whose: the kind of model, for messages.
 
     Raises:
         ArchitectureError: a field is set that this family does not have, such as those of SDXL.
     """
     if not isinstance(config, Mapping):
-        raise ArchitectureError(f"the {part}'s configuration is an object, not {quoted(config)}")
-    parameters = inspect.signature(model).parameters if model is not None else {}
+        raise ArchitectureError(f"the {part.called}'s configuration is an object, not {quoted(config)}")
+    library, _ = part.written
+    parameters = inspect.signature(part.kind).parameters if library == "diffusers" else {}
     for name, parameter in parameters.items():
         value = config.get(name, parameter.default)
-        if name not in fields and value != parameter.default and value is not None and value is not False:
+        if name not in part.fields and value != parameter.default and value is not None and value is not False:
             raise ArchitectureError(
-                f"the {part}'s configuration sets {name} to {quoted(value)}, which the models of the Stable Diffusion "
-                "1.x and 2.x kind do not have; SDXL, distilled, upscaling and class-conditional ones are not supported"
+                f"the {part.called}'s configuration sets {name} to {quoted(value)}, which models of the kind {whose} "
+                "do not have; distilled, upscaling and class-conditional ones are not supported, and of SDXL the whole "
+                "base pipeline is needed"
             )
-    return checked(part, {name: config[name] for name in fields if name in config}, fields)
+    return checked(part.called, {name: config[name] for name in part.fields if name in config}, part.fields)
 
 
 def check_together(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any], image_shape: Sequence[int]
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    text_encoders: Sequence[Mapping[str, Any]],
+    image_shape: Sequence[int],
 ) -> None:
-    """Hold the parts against each other.
+    """Hold the parts against each other; the U-Net reads what the text encoders say of a token side by side.
 
     Raises:
         ArchitectureError: they do not make one model, or one of other images.
     """
     levels = len(unet["block_out_channels"])
     heads = unet["attention_head_dim"]
-    for name in ("down_block_types", "up_block_types", *(["attention_head_dim"] if isinstance(heads, list) else [])):
+    each = ("attention_head_dim", "transformer_layers_per_block")
+    for name in ("down_block_types", "up_block_types", *(one for one in each if isinstance(unet.get(one), list))):
         if len(unet[name]) != levels:
             raise ArchitectureError(f"the U-Net's {name} has {len(unet[name])} values; the U-Net has {levels} levels")
     for width, count in zip(
@@ -203,9 +240,8 @@ def check_together(
     for name in ("down_block_types", "up_block_types"):
         if len(vae[name]) != len(vae["block_out_channels"]):
             raise ArchitectureError(f"the VAE's {name} has {len(vae[name])} values, another number than its levels")
-    _divides(
-        "text encoder's", text_encoder["hidden_size"], {"num_attention_heads": text_encoder["num_attention_heads"]}
-    )
+    for one in text_encoders:
+        _divides("text encoder's", one["hidden_size"], {"num_attention_heads": one["num_attention_heads"]})
     if unet["in_channels"] != vae["latent_channels"]:
         raise ArchitectureError(
             f"the U-Net reads {unet['in_channels']} channels and the VAE's latents have {vae['latent_channels']}: an "
@@ -215,10 +251,11 @@ def check_together(
         raise ArchitectureError(
             f"the U-Net answers {unet['out_channels']} channels, the latents have {vae['latent_channels']}"
         )
-    if unet["cross_attention_dim"] != text_encoder["hidden_size"]:
+    widths = [one["hidden_size"] for one in text_encoders]
+    if unet["cross_attention_dim"] != sum(widths):
         raise ArchitectureError(
             f"the U-Net's cross_attention_dim is {unet['cross_attention_dim']}, the text encoder's hidden_size is "
-            f"{text_encoder['hidden_size']}: they do not belong together"
+            f"{' + '.join(map(str, widths))}: they do not belong together"
         )
     side = unet["sample_size"] * scale_of(vae)
     expected = (vae["in_channels"], side, side)
@@ -240,16 +277,16 @@ def unet_of(config: Mapping[str, Any]) -> Any:
     return _built("U-Net", lambda: UNet2DConditionModel(**config))
 
 
-def vae_of(config: Mapping[str, Any]) -> Any:
-    """The VAE of a checked configuration."""
+def _vae_of(config: Mapping[str, Any]) -> Any:
     return _built("VAE", lambda: AutoencoderKL(**config))
 
 
-def text_encoder_of(config: Mapping[str, Any]) -> Any:
-    """The text encoder of a checked configuration; its positions are counted on the CPU, since no file holds them."""
-    encoder = _built("text encoder", lambda: CLIPTextModel(CLIPTextConfig(**config, attention_dropout=0.0)))
+def _text_encoder_of(kind: Callable[[CLIPTextConfig], Any], config: Mapping[str, Any]) -> Any:
+    """A text encoder, whose positions are counted on the CPU, since no file holds them."""
+    encoder = _built("text encoder", lambda: kind(CLIPTextConfig(**config, attention_dropout=0.0)))
     with torch.device("cpu"):
-        encoder.embeddings.position_ids = torch.arange(config["max_position_embeddings"])[None]
+        embeddings = getattr(encoder, "text_model", encoder).embeddings
+        embeddings.position_ids = torch.arange(config["max_position_embeddings"])[None]
     return encoder
 
 
@@ -264,3 +301,22 @@ def _divides(whose: str, width: int, divisors: Mapping[str, int]) -> None:
     for name, value in divisors.items():
         if width % value:
             raise ArchitectureError(f"the {whose} width {width} is no multiple of its {name}, {value}")
+
+
+PARTS = {
+    "unet": Part("U-Net", UNET, UNet2DConditionModel, unet_of),
+    "vae": Part("VAE", VAE, AutoencoderKL, _vae_of),
+    "text_encoder": Part("text encoder", TEXT_ENCODER, CLIPTextModel, partial(_text_encoder_of, CLIPTextModel)),
+}
+"""Of Stable Diffusion 1.x and 2.x."""
+PARTS_XL = {
+    **PARTS,
+    "unet": Part("U-Net", UNET_XL, UNet2DConditionModel, unet_of),
+    "text_encoder_2": Part(
+        "second text encoder",
+        TEXT_ENCODER_2,
+        CLIPTextModelWithProjection,
+        partial(_text_encoder_of, CLIPTextModelWithProjection),
+    ),
+}
+"""Of Stable Diffusion XL."""

@@ -1,29 +1,44 @@
-"""From foreign parts to our Stable Diffusion: what the readers of folders and of single files share.
+"""From foreign parts to our latent diffusion models: what the readers of folders and of single files share.
 
 Tensors move from their file into the model one by one, so that no more than the float32 weights is held at once.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from models.checkpoints import check_shapes
 from models.errors import CheckpointFormatError, NonFiniteError, TensorMismatchError
+from models.latent_diffusion import LatentDiffusion
 from models.prompt_tokens import MAX_FILE_BYTES
-from models.stable_diffusion import StableDiffusion
 from models.stable_diffusion_parts import scale_of
 from models.tensor_files import Extent, quoted, read_header, read_tensors
 
-__all__ = ["MAX_CONFIG_BYTES", "assembled", "read_json", "renamed"]
+__all__ = ["MAX_CONFIG_BYTES", "TokenizerFiles", "assembled", "read_json", "renamed"]
+
+M = TypeVar("M", bound=LatentDiffusion)
 
 MAX_CONFIG_BYTES = 2**20
 Rename = Callable[[str], str | None]
 """Our name of a tensor by its name in a file; None leaves it out."""
 Reshape = Callable[[str, Tensor], Tensor]
 """A tensor as our model holds it, by our name."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a tokenizer is read from."""
+
+    vocab: bytes
+    """vocab.json."""
+    merges: bytes
+    """merges.txt."""
+    special: Mapping[str, str]
+    """Its special tokens."""
 
 
 def read_json(file: Extent, name: str, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -64,34 +79,37 @@ def renamed(
 
 
 def assembled(
+    kind: type[M],
     configs: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    files: tuple[bytes, bytes],
-    special: Mapping[str, str],
-) -> StableDiffusion:
-    """Our model of checked configurations, weights and a tokenizer.
+    tokenizers: Mapping[str, TokenizerFiles],
+) -> M:
+    """Our model of checked configurations, weights and tokenizers.
 
     Args:
-        configs: "unet", "vae", "text_encoder" and "scheduler"; see `StableDiffusion`.
+        kind: its class.
+        configs: "unet", "vae", "scheduler" and what else its constructor takes, but for the tokenizers.
         weights: float32, by our names ("unet.conv_in.weight"); they become the model's own memory.
-        files: vocab.json and merges.txt of the tokenizer.
-        special: its special tokens.
+        tokenizers: by submodule.
 
     Raises:
         ArchitectureError: the configurations do not make one model.
         TensorMismatchError: a tensor is missing, odd or of another shape.
     """
-    vocab, merges = files
-    for name, file in (("vocab.json", vocab), ("merges.txt", merges)):
-        if not 0 < len(file) <= MAX_FILE_BYTES:
-            raise CheckpointFormatError(f"the tokenizer's {name} has {len(file):,} bytes, not 1 to {MAX_FILE_BYTES:,}")
-    side = int(configs["unet"]["sample_size"]) * scale_of(configs["vae"])
-    tokenizer = {"vocab_bytes": len(vocab), "merges_bytes": len(merges), **special}
-    with torch.device("meta"):
-        model = StableDiffusion((configs["vae"]["in_channels"], side, side), **configs, tokenizer=tokenizer)
     state = dict(weights)
-    for name, file in (("tokenizer.vocab", vocab), ("tokenizer.merges", merges)):
-        state[name] = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+    for name, files in tokenizers.items():
+        for part, file in (("vocab.json", files.vocab), ("merges.txt", files.merges)):
+            if not 0 < len(file) <= MAX_FILE_BYTES:
+                raise CheckpointFormatError(f"the {name}'s {part} has {len(file):,} bytes, not 1 to {MAX_FILE_BYTES:,}")
+            state[f"{name}.{part.partition('.')[0]}"] = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+    read = {
+        name: {"vocab_bytes": len(files.vocab), "merges_bytes": len(files.merges), **files.special}
+        for name, files in tokenizers.items()
+    }
+    side = int(configs["unet"]["sample_size"]) * scale_of(configs["vae"])
+    build: Callable[..., M] = kind  # whose arguments are those of its family
+    with torch.device("meta"):
+        model = build((configs["vae"]["in_channels"], side, side), **configs, **read)
     found = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
     check_shapes(found, {name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()})
     model.load_state_dict(state, assign=True)

@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 LABELLED = ("vae", "ddpm")  # families whose conditions are classes
-PROMPTED = ("stable-diffusion",)  # families whose conditions are prompts
+PROMPTED = ("stable-diffusion", "stable-diffusion-xl")  # families whose conditions are prompts
 CONDITIONAL = (*LABELLED, *PROMPTED)
 SCOPES = {
     "vae": ("all", "decoder"),
     "ddpm": ("all",),
-    "stable-diffusion": ("all", "cross-attention", "all-but-cross-attention"),
+    **dict.fromkeys(PROMPTED, ("all", "cross-attention", "all-but-cross-attention")),
 }
 GUIDED_ALONE = ("null_share", "guidance_scale", "sampling_steps", "gradient_checkpointing")  # parameters
 NAMED_AT_MOST = 5  # classes in a sentence

@@ -113,8 +113,8 @@ class AmnesiaOptions(_Options):
     )
     scope: Literal["all", "decoder", "cross-attention", "all-but-cross-attention"] | None = Field(
         None,
-        description="what is trained: all of the model; of a vae also the decoder alone, of stable-diffusion also the "
-        "cross-attention or all but it; default all",
+        description="what is trained: all of the model; of a vae also the decoder alone, of a model of prompts also "
+        "the cross-attention or all but it; default all",
     )
     null_share: float | None = Field(
         None,

@@ -25,15 +25,16 @@ _DEFAULTS: dict[Mode, dict[str, Any]] = {
         "reduction": "sum", "replay_target": "truth",
     },
 }  # fmt: skip
+_PIPELINE = {
+    "strength": 50.0, "max_steps": 12_500, "learning_rate": 1e-5, "batch": 16, "replay_batch": 16, "reduction": "mean",
+}  # fmt: skip
 _PAPER: Mapping[str, Mapping[str, Any]] = {
     "vae": {},
     "ddpm": {
         "strength": 10.0, "max_steps": 20_000, "batch": 128, "replay_batch": 128, "clip": 1.0, "reduction": "mean",
     },
-    "stable-diffusion": {
-        "strength": 50.0, "max_steps": 12_500, "learning_rate": 1e-5, "batch": 16, "replay_batch": 16,
-        "reduction": "mean",
-    },
+    "stable-diffusion": _PIPELINE,
+    "stable-diffusion-xl": _PIPELINE,  # which the paper does not have: as its closest
 }  # fmt: skip
 """What the paper sets for a family where it differs from its VAE (App. B; the released code where that is silent)."""
 

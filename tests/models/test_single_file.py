@@ -277,7 +277,7 @@ def test_a_part_of_a_model_is_refused_by_what_it_lacks(first_tensors: dict[str, 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"conditioner.embedders.0.transformer.x": torch.ones(1)}, "SDXL"),
+        ({"conditioner.embedders.0.transformer.x": torch.ones(1)}, "SDXL.*diffusers folder alone"),
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, "reads 9 channels.*inpainting"),
         ({"model.diffusion_model.label_emb.0.0.weight": torch.ones(4, 4)}, "label_emb"),
         ({"model.diffusion_model.input_blocks.7777777.0.op.weight": torch.ones(4)}, "do not fit"),

@@ -58,12 +58,14 @@ def test_every_method_is_loaded_ahead_and_without_the_libraries_of_other_familie
 
 
 def test_a_diffusion_models_libraries_are_loaded_with_it() -> None:
-    ddpm, both = loaded_after(*(("forget", "selective-amnesia", family) for family in ("ddpm", "stable-diffusion")))
+    families = ("ddpm", "stable-diffusion", "stable-diffusion-xl")
+    ddpm, prompts, every = loaded_after(*(("forget", "selective-amnesia", family) for family in families))
 
     assert {"worker.runner.amnesia", "models.ddpm", "diffusers"} <= ddpm
-    assert {"models.stable_diffusion", *OF_PROMPTS} <= both
+    assert {"models.stable_diffusion", *OF_PROMPTS} <= prompts
     assert ddpm.isdisjoint({"models.stable_diffusion", *OF_PROMPTS})
-    assert "worker.runner.forget" not in both
+    assert ("models.stable_diffusion_xl" in prompts, "models.stable_diffusion_xl" in every) == (False, True)
+    assert "worker.runner.forget" not in every
 
 
 def test_garbage_is_looked_for_again_once_libraries_are_loaded_or_could_not_be() -> None:

@@ -15,6 +15,7 @@ from evidence.likelihood import derive_seed
 from evidence.pictures import sample_grid
 from evidence.report import RunFacts
 from models.checkpoints import read_manifest, save_checkpoint
+from models.families import PIPELINES
 from models.protocol import Flow
 from worker.runner.base import Base, Origin
 
@@ -54,7 +55,7 @@ def save_tamed(model: nn.Module, work: Work, job: Mapping[str, Any], base: Origi
         "base_tensor_digest": manifest.tensor_digest,
     }
     save_checkpoint(path, model, extra={**manifest.extra, "tamed": tamed})
-    if manifest.family == "stable-diffusion":
+    if manifest.family in PIPELINES:
         from models.diffusers_folder import write_folder_tar  # loads diffusers, which this model has loaded already
 
         write_folder_tar(cast(Any, model), path.with_name(PIPELINE))
