@@ -37,6 +37,10 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 """Layers of a VAE's attention by the names that old folders give them."""
 METADATA = {"format": "pt"}
 BLOCK = 512
+USTAR_BYTES = 8**11
+"""From which size on a tar's header has no place for it in octal digits."""
+OTHER_PROCESSES = ("EDM", "FlowMatch")
+"""How the classes of schedulers begin that noise otherwise than by betas."""
 """Bytes: members of a tar are padded to a multiple."""
 
 File = tuple[str, int, Iterable[bytes | memoryview]]
@@ -115,13 +119,18 @@ def write_folder_tar(model: LatentDiffusion, path: Path | str) -> None:
     """`write_folder`, as a plain tar with the files at its top; weights are written as they lie in memory."""
     with Path(path).open("wb") as file:
         for name, size, parts in _files(model):
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = size, 0o644
-            file.write(member.tobuf(tarfile.USTAR_FORMAT))
+            file.write(member_header(name, size))
             for part in parts:
                 file.write(part)
             file.write(bytes(-size % BLOCK))
         file.write(bytes(-(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+
+
+def member_header(name: str, size: int) -> bytes:
+    """What stands before a file in a tar: as every tar has it up to 8 GiB, and GNU's beyond, as for SDXL's U-Net."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT if size < USTAR_BYTES else tarfile.GNU_FORMAT)
 
 
 def _read(files: Mapping[str, Extent]) -> tuple[LatentDiffusion, dict[str, Any]]:
@@ -135,6 +144,12 @@ def _read(files: Mapping[str, Extent]) -> tuple[LatentDiffusion, dict[str, Any]]
     scheduler = read_json(files[SCHEDULER], SCHEDULER)
     if scheduler.get("trained_betas") is not None:
         raise CheckpointFormatError("the scheduler lists its betas (trained_betas), which is not supported")
+    called = str(scheduler.get("_class_name"))
+    if called.startswith(OTHER_PROCESSES) or "beta_schedule" not in scheduler:
+        raise CheckpointFormatError(
+            f"the scheduler {called[:80]!r} is of another process than that of betas (beta_schedule), which is the one "
+            "that is supported"
+        )
     configs["scheduler"] = {name: value for name, value in scheduler.items() if name in KNOWN}
     configs |= {name: index.get(name, default) for name, default in kind.settings.items()}
     tokenizers = {name: _tokenizer(name, files) for name in kind.model.TOKENIZERS}

@@ -143,8 +143,8 @@ TEXT_ENCODER: Fields = {
     "max_position_embeddings": (77, _whole(3, 1024)),
     "hidden_act": ("quick_gelu", _one_of("quick_gelu", *ACTIVATIONS)),
     "layer_norm_eps": (1e-5, _number(0, 1)),
-    "bos_token_id": (0, _whole(0, MAX_VOCABULARY)),
-    "eos_token_id": (2, _whole(0, MAX_VOCABULARY)),
+    "bos_token_id": (49406, _whole(0, MAX_VOCABULARY)),
+    "eos_token_id": (49407, _whole(0, MAX_VOCABULARY)),
     "pad_token_id": (1, _whole(0, MAX_VOCABULARY)),
 }
 """Defaults are those of the classes of diffusers and transformers."""
@@ -205,7 +205,8 @@ def adopted(part: Part, config: Mapping[str, Any], whose: str) -> dict[str, Any]
     parameters = inspect.signature(part.kind).parameters if library == "diffusers" else {}
     for name, parameter in parameters.items():
         value = config.get(name, parameter.default)
-        if name not in part.fields and value != parameter.default and value is not None and value is not False:
+        off = value is None or (value is False and parameter.default is None)
+        if name not in (*part.fields, *OF_NO_WEIGHT) and value != parameter.default and not off:
             raise ArchitectureError(
                 f"the {part.called}'s configuration sets {name} to {quoted(value)}, which models of the kind {whose} "
                 "do not have; distilled, upscaling and class-conditional ones are not supported, and of SDXL the whole "
@@ -302,6 +303,9 @@ def _divides(whose: str, width: int, divisors: Mapping[str, int]) -> None:
         if width % value:
             raise ArchitectureError(f"the {whose} width {width} is no multiple of its {name}, {value}")
 
+
+OF_NO_WEIGHT = ("force_upcast",)
+"""Fields that say how to compute in half precision, which is not done here."""
 
 PARTS = {
     "unet": Part("U-Net", UNET, UNet2DConditionModel, unet_of),

@@ -35,8 +35,8 @@ NAME = re.compile(r"[a-z0-9-]{1,120}")
 OWN_PATH = re.compile(r"assets/([a-z0-9-]{1,120})\.[0-9]{1,9}\.safetensors")
 FOLDER = "inputs/fisher"
 PARTIAL = "partial-"  # begins the name of one of the job's own that is a beginning
-FETCHED_BYTES = 8 * 2**30  # of what is finished, the newest first
-PARTIAL_BYTES = 5 * 2**30  # of beginnings, beside it: a part of F is 4 GiB at most, samples less than one
+FETCHED_BYTES = 16 * 2**30  # of what is finished, the newest first; F of all of an SDXL's U-Net is 9.6 GiB
+PARTIAL_BYTES = 12 * 2**30  # of beginnings, beside it: of one part of F, and of samples, which take less than one
 FETCHES_AT_ONCE = 8
 LEAVE_SECONDS = 5.0
 
@@ -134,7 +134,13 @@ class AssetKeeper:
             return asset
 
     def _own_first(self) -> None:
-        """Between two parts of a file that can wait."""
+        """Between two parts of a file that can wait, or be given up where the worker has to go.
+
+        Raises:
+            GaveUp: it has to.
+        """
+        if self._left.is_set() or (self._leaving() and not self._going_on()):
+            raise GaveUp
         while self._leaving() and (asset := self._take_own()) is not None:
             self._keep(asset)
 

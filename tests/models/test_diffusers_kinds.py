@@ -91,6 +91,19 @@ def own_betas(folder: Path) -> None:
     changed(folder / "scheduler/scheduler_config.json", trained_betas=[0.1, 0.2])
 
 
+def other_process(folder: Path) -> None:
+    changed(folder / "scheduler/scheduler_config.json", _class_name="EDMEulerScheduler")
+
+
+def no_betas(folder: Path) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "FlowScheduler", "num_train_timesteps": 1000}))
+
+
+def switched_off(folder: Path) -> None:
+    changed(folder / "unet/config.json", flip_sin_to_cos=False)
+
+
 def large_config(folder: Path) -> None:
     changed(folder / "vae/config.json", note="x" * 2**21)
 
@@ -119,6 +132,9 @@ def no_json(folder: Path) -> None:
         (cut_short, "the header promises"),
         (flow_matching, "flow_prediction"),
         (own_betas, "trained_betas"),
+        (other_process, "'EDMEulerScheduler' is of another process"),
+        (no_betas, "beta_schedule"),
+        (switched_off, "sets flip_sin_to_cos to False"),
         (large_config, "bytes; the most is"),
         (no_json, "is no JSON"),
     ],

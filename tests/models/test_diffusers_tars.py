@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.convert import convert
-from models.diffusers_folder import read_folder_tar, write_folder_tar
+from models.diffusers_folder import member_header, read_folder_tar, write_folder_tar
 from models.errors import CheckpointFormatError, UnsafeCheckpointError
 from tests.models.sd_cases import tiny
 from tests.models.sd_folders import packed
@@ -17,6 +17,15 @@ def member(name: str, type_: bytes = tarfile.REGTYPE, size: int = 0, link: str =
     info = tarfile.TarInfo(name)
     info.type, info.size, info.linkname = type_, size, link
     return info
+
+
+@pytest.mark.parametrize("size", [0, 5, 8**11 - 1, 8**11, 10_270_000_000])
+def test_a_header_tells_any_size(size: int) -> None:
+    header = member_header("unet/diffusion_pytorch_model.safetensors", size)
+
+    told = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+
+    assert (len(header), told.name, told.size) == (512, "unet/diffusion_pytorch_model.safetensors", size)
 
 
 @pytest.mark.parametrize(

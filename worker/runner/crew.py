@@ -146,7 +146,8 @@ def _crew(training: Training, count: int, folder: Path) -> Iterator[Processes]:
     except Exception as error:
         _end_if_lost(members)
         if isinstance(error, dist.DistError):  # an exchange that fails may not fail again
-            _end_without_a_last_word(type(error).__name__, ExitCode.INTERNAL)
+            status = ExitCode.OUT_OF_MEMORY if is_out_of_memory(error) else ExitCode.INTERNAL
+            _end_without_a_last_word(type(error).__name__, status)
         raise
     finally:
         over.set()

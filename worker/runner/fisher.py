@@ -82,6 +82,8 @@ class _Plan:
     """How F of one part is computed."""
 
     labels: tuple[int, ...]
+    names: tuple[str, ...]
+    """Of the parameters."""
     examples: int
     draws: int
     reduction: str
@@ -108,6 +110,7 @@ def fisher_of_parts(
     assets: AssetFolder,
     reporter: Reporter,
     *,
+    trained: Sequence[str] = (),
     published: bool = False,
 ) -> Parts:
     """Read what was given of this checkpoint, compute the rest, and announce that.
@@ -121,6 +124,8 @@ def fisher_of_parts(
         wanted: labels that F is to be over.
         assets: of the checkpoint, and of the job.
         reporter: told of phase and progress.
+        trained: names of the parameters that the job trains; F is of all that can be trained, so that it serves any
+            scope, unless that is too large: then of these.
         published: take more timesteps of an example, for a penalty that is in the published units: what F of a sum over
             few terms exceeds its share of all by is their variance, about 15 % at a hundred and half at twenty.
 
@@ -128,11 +133,11 @@ def fisher_of_parts(
         UserError: the model's loss or its gradient is not finite, or F of it takes too much memory.
         Interrupted: SIGTERM; how far the part is has been announced.
     """
-    plans = _plans(base, wanted, published)
+    plans = _plans(base, wanted, _names(base, trained), published)
     shapes = {name: value.shape for name, value in cast(nn.Module, base.model).named_parameters()}
 
     def load(plan: _Plan, path: Path) -> Fisher:
-        return plan.check(unlearning.load_fisher(path, weights=base.weights, names=_parameters(base)), shapes)
+        return plan.check(unlearning.load_fisher(path, weights=base.weights, names=plan.names), shapes)
 
     found: dict[tuple[int, ...], Fisher] = {}
     for plan in plans:
@@ -143,7 +148,7 @@ def fisher_of_parts(
     examples = [own.drawn(plan.labels, plan.examples, f"fisher {plan.name}") for plan in missing]
     pace = Pace(reporter, sum(plan.examples for plan in missing))
     if missing:
-        passes = fit_fisher(base, _parameters(base), examples[0])
+        passes = fit_fisher(base, missing[0].names, examples[0])
         reporter.phase("fisher")
     for plan, these in zip(missing, examples, strict=True):
         with assets.stop.held():
@@ -153,18 +158,17 @@ def fisher_of_parts(
     return Parts({plan.labels: found[plan.labels] for plan in plans}, len(missing))
 
 
-def _plans(base: ConditionalBase, wanted: Sequence[int], published: bool) -> list[_Plan]:
-    parameters = dict(cast(nn.Module, base.model).named_parameters())
-    each = 4 * sum(parameters[name].numel() for name in _parameters(base))
+def _plans(base: ConditionalBase, wanted: Sequence[int], names: tuple[str, ...], published: bool) -> list[_Plan]:
+    each = _bytes(base, names)
     slow, count = isinstance(base.model, GuidedConditional), len(base.labels)
     room = MOST_BYTES // each
     if count <= (min(room, MOST_PARTS) if slow else room):
         examples = SLOW_EXAMPLES if slow else min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, ALL_EXAMPLES // count))
         labels = [label for label in base.labels if label in wanted or label not in base.conditions.private]
-        return [_plan(base, (label,), examples, published) for label in labels]
-    if slow and room:
-        parts = _chunks(base, wanted, min(room, MOST_PARTS))
-        return [_plan(base, part, max(POOLED_EXAMPLES // len(parts), len(part)), published) for part in parts]
+        return [_plan(base, (label,), names, examples, published) for label in labels]
+    if slow:  # one part in any case: whether that fits is found out as any pass is
+        parts = _chunks(base, wanted, max(1, min(room, MOST_PARTS)))
+        return [_plan(base, part, names, max(POOLED_EXAMPLES // len(parts), len(part)), published) for part in parts]
     raise UserError(
         "checkpoint-refused",
         "The checkpoint cannot be used",
@@ -187,7 +191,9 @@ def _chunks(base: ConditionalBase, wanted: Sequence[int], most: int) -> list[tup
     return [part for part in parts if set(part) <= set(kept)] or [tuple(kept)]
 
 
-def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int, published: bool) -> _Plan:
+def _plan(
+    base: ConditionalBase, labels: tuple[int, ...], names: tuple[str, ...], examples: int, published: bool
+) -> _Plan:
     draws = 1
     if isinstance(base.model, StratifiedConditional):
         draws = min(base.model.terms, PUBLISHED_TIMESTEPS if published else TIMESTEPS)
@@ -198,9 +204,10 @@ def _plan(base: ConditionalBase, labels: tuple[int, ...], examples: int, publish
     rows = [tensor_digest({"condition": base.conditions.stored(label)}) for label in labels]
     facts = [VERSION, base.weights, rows, examples, draws, sampling]
     precision = "bfloat16" if in_bfloat16(base) else "float32"
-    name = AssetFolder.name(KIND, facts + [precision] * (precision != "float32"))
+    facts += [precision] * (precision != "float32") + [names] * (names != _everything(base))
+    name = AssetFolder.name(KIND, facts)
     reduction = "mean" if isinstance(base.model, PromptConditional) else "sum"
-    return _Plan(labels, examples, draws, reduction, precision, derive_seed(0, name), name)
+    return _Plan(labels, names, examples, draws, reduction, precision, derive_seed(0, name), name)
 
 
 def _computed(
@@ -213,7 +220,7 @@ def _computed(
             base.model,
             own.x[: plan.examples],
             own.condition[: plan.examples],
-            names=_parameters(base),
+            names=plan.names,
             seed=plan.seed,
             draws_per_example=plan.draws,
             reduction=plan.reduction,
@@ -237,9 +244,19 @@ def _computed(
         raise UserError("checkpoint-refused", title, str(error), pointer="/checkpoint") from error
 
 
-def _parameters(base: ConditionalBase) -> list[str]:
-    """All that can be trained, so that a file serves any scope."""
-    return list(base.model.scopes()["all"])
+def _names(base: ConditionalBase, trained: Sequence[str]) -> tuple[str, ...]:
+    """All that can be trained, so that a file serves any scope; of a model too large for that, what is trained."""
+    everything = _everything(base)
+    return tuple(trained) if trained and _bytes(base, everything) > MOST_BYTES else everything
+
+
+def _everything(base: ConditionalBase) -> tuple[str, ...]:
+    return tuple(base.model.scopes()["all"])
+
+
+def _bytes(base: ConditionalBase, names: Sequence[str]) -> int:
+    parameters = dict(cast(nn.Module, base.model).named_parameters())
+    return 4 * sum(parameters[name].numel() for name in names)
 
 
 class _Batches:

@@ -166,7 +166,9 @@ def remap(
         validated = time.monotonic()
         published = opened.parameters.mode == "paper"
         wanted = list(opened.base.labels) if published else opened.others
-        parts = fisher_of_parts(opened.base, opened.own, wanted, opened.assets, reporter, published=published)
+        parts = fisher_of_parts(
+            opened.base, opened.own, wanted, opened.assets, reporter, trained=opened.trained, published=published
+        )
         fisher, information = _fisher(parts, wanted, opened.trained), parts.digests()
         parts.of.clear()  # each as large as the weights
     computed = time.monotonic()
