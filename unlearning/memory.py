@@ -154,6 +154,7 @@ def estimate(
     draws: Draws,
     *,
     bfloat16: bool = True,
+    recomputed: bool = True,
 ) -> Estimate:
     """Measure passes, and put them together with what is held.
 
@@ -165,6 +166,7 @@ def estimate(
         condition: of each.
         draws: of each.
         bfloat16: whether the run's passes are under autocast, where the device has it.
+        recomputed: whether passes that compute activations twice are measured too, where the model can.
     """
     module = cast(nn.Module, model)
     parameters = dict(module.named_parameters())
@@ -177,7 +179,7 @@ def estimate(
         except torch.OutOfMemoryError:
             return None
 
-    return Estimate(dict(holds), measured(False), measured(True) if recomputable(module) else None)
+    return Estimate(dict(holds), measured(False), measured(True) if recomputed and recomputable(module) else None)
 
 
 def pass_of(

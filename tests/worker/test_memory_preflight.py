@@ -160,7 +160,7 @@ def test_an_attempt_after_one_that_ran_out_takes_less(available: int, divisor: i
 
 
 def test_a_fisher_information_of_another_precision_is_another_asset(base: ConditionalBase) -> None:
-    here = fisher._plan(base, (0,), 4, published=False)
+    here = fisher._plan(base, (0,), fisher._everything(base), 4, published=False)
     tensors = {"w": torch.ones(2)}
     found = Fisher(
         tensors, ((0, 4),), here.draws, "stratified", here.reduction, here.seed, "bfloat16", "autograd", "", ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -76,9 +78,9 @@ def fit_training(
         small = sum(amnesia_bytes(these, "adam-8bit", base.device).values())
         hints.append(f'parameters.optimiser "adam-8bit", which takes {_gib(sum(holds.values()) - small)} less')
     most = max(parameters.batch, parameters.replay_batch)
-    found = estimate(base.model, trained, holds, *_two(base, examples))
+    measure = partial(estimate, base.model, trained, holds, *_two(base, examples))
     what = f"Training {sum(one.numel() for one in these):,} weights"
-    return _fitted(base, found, what, most, hints, _shared(available or available_bytes, base, processes))
+    return _fitted(base, measure, what, most, hints, _shared(available or available_bytes, base, processes))
 
 
 def fit_fisher(
@@ -91,8 +93,8 @@ def fit_fisher(
     """
     own = dict(cast(nn.Module, base.model).named_parameters())
     holds = fisher_bytes([own[name] for name in names], base.device)
-    found = estimate(base.model, names, holds, *_two(base, examples), bfloat16=in_bfloat16(base))
-    return _fitted(base, found, "The Fisher information", base.micro_batch * base.divisor, [], available)
+    measure = partial(estimate, base.model, names, holds, *_two(base, examples), bfloat16=in_bfloat16(base))
+    return _fitted(base, measure, "The Fisher information", base.micro_batch * base.divisor, [], available)
 
 
 def planned(found: Estimate, available: int, *, most_rows: int, divisor: int, recompute: bool) -> MemoryPlan:
@@ -143,20 +145,34 @@ def _shared(ask: Available, base: ConditionalBase, processes: int) -> Available:
 
 
 def _fitted(
-    base: ConditionalBase, found: Estimate, what: str, most: int, hints: list[str], ask: Available | None
+    base: ConditionalBase,
+    measure: Callable[..., Estimate],
+    what: str,
+    most: int,
+    hints: list[str],
+    ask: Available | None,
 ) -> MemoryPlan:
     available = (ask or available_bytes)(base.device)
     ceiling = min(most, base.micro_batch * base.divisor)
     if available is None:
         return MemoryPlan(max(1, ceiling // base.divisor), base.recompute, 0)
     try:
-        plan = planned(found, available, most_rows=ceiling, divisor=base.divisor, recompute=base.recompute)
+        plan = _planned(base, measure, available, ceiling)
     except NotEnoughMemoryError as error:
         where = f"are left of the {'GPU' if base.device.type == 'cuda' else 'machine'}'s memory"
-        raise _refused(what, error.needed or found.fixed, available, where, hints) from error
+        raise _refused(what, error.needed or error.held, available, where, hints) from error
     recomputed = ", activations computed twice" if plan.recompute else ""
     sys.stderr.write(f"memory: {plan.micro_batch} rows a pass{recomputed}, {_gib(plan.needed)} of {_gib(available)}\n")
     return plan
+
+
+def _planned(base: ConditionalBase, measure: Callable[..., Estimate], available: int, most_rows: int) -> MemoryPlan:
+    """See `planned`. Passes that compute activations twice are measured once they are called for."""
+    divisor, recompute = base.divisor, base.recompute
+    if not recompute and divisor == 1:
+        with suppress(NotEnoughMemoryError):
+            return planned(measure(recomputed=False), available, most_rows=most_rows, divisor=1, recompute=False)
+    return planned(measure(), available, most_rows=most_rows, divisor=divisor, recompute=recompute)
 
 
 def _refused(what: str, needed: int, available: int, where: str, hints: Sequence[str]) -> UserError:
