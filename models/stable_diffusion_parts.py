@@ -143,8 +143,8 @@ TEXT_ENCODER: Fields = {
     "max_position_embeddings": (77, _whole(3, 1024)),
     "hidden_act": ("quick_gelu", _one_of("quick_gelu", *ACTIVATIONS)),
     "layer_norm_eps": (1e-5, _number(0, 1)),
-    "bos_token_id": (49406, _whole(0, MAX_VOCABULARY)),
-    "eos_token_id": (49407, _whole(0, MAX_VOCABULARY)),
+    "bos_token_id": (0, _whole(0, MAX_VOCABULARY)),
+    "eos_token_id": (2, _whole(0, MAX_VOCABULARY)),
     "pad_token_id": (1, _whole(0, MAX_VOCABULARY)),
 }
 """Defaults are those of the classes of diffusers and transformers."""

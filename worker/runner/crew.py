@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -130,6 +130,7 @@ def _crew(training: Training, count: int, folder: Path) -> Iterator[Processes]:
         yield ALONE
         return
     pack(training, folder / FILE)
+    (folder / MEETING).unlink(missing_ok=True)  # of one that was killed here: who reads it waits for the dead
     own, *others = _environments(count)
     before, threads = {name: os.environ.get(name) for name in own}, torch.get_num_threads()
     members = [_member(folder, environment) for environment in others]
@@ -138,7 +139,7 @@ def _crew(training: Training, count: int, folder: Path) -> Iterator[Processes]:
         for member in members:
             threading.Thread(target=_watch, args=(member, over), daemon=True).start()
         os.environ.update(own)
-        processes = _launched(folder)
+        processes = _met(folder, members)
         yield processes
         processes.part()
     except (UnlearningError, Interrupted, contract.Interrupted):
@@ -174,6 +175,18 @@ def _launched(folder: Path) -> Processes:
     return Processes.launched(cpu=not torch.cuda.is_available(), meeting=folder / MEETING)
 
 
+def _met(folder: Path, members: Sequence[subprocess.Popen[bytes]]) -> Processes:
+    """As `_launched`; who finds nobody has found out nothing about the job, which is tried again."""
+    try:
+        return _launched(folder)
+    except contract.Interrupted:
+        raise
+    except Exception as error:
+        _end_if_lost(members)
+        traceback.print_exc()
+        _end_without_a_last_word(type(error).__name__, ExitCode.INTERNAL)
+
+
 def _member(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # Its standard output is ours, which leads to standard error since there is a reporter.
     return subprocess.Popen(  # noqa: S603 our own module, no shell
@@ -198,7 +211,7 @@ def _end_if_lost(members: Sequence[subprocess.Popen[bytes]]) -> None:
     _end_without_a_last_word(f"a process of the job ended with {lost[0]}", status)
 
 
-def _end_without_a_last_word(why: str, status: ExitCode) -> None:
+def _end_without_a_last_word(why: str, status: ExitCode) -> NoReturn:
     say(why)
     sys.stderr.flush()
     os._exit(status)
