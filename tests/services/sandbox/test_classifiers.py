@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,16 @@ def test_every_reason_can_be_said() -> None:
 
 def test_file_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifiers, "WALL_SECONDS", 0.0)
+    data = classifier()
 
-    assert refusal(classifier()).members["reason"] == "crashed"
+    def chunks() -> Iterator[bytes]:
+        time.sleep(1)  # on a busy machine a trial can be over before the clock is looked at
+        yield data
+
+    with pytest.raises(ClassifierRefused) as refused:
+        try_classifier(chunks(), len(data), output="logits", classes=2)
+
+    assert refused.value.members["reason"] == "crashed"
 
 
 def test_store_that_fails_on_the_way_is_no_refusal() -> None:
