@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,17 @@ def test_a_job_of_selective_amnesia_is_told_the_class_alone(told: Any) -> None:
         "remember": None,
         "evaluation": {"same_identity": [], "held_out": []},
     }
+
+
+def test_a_job_is_told_how_many_gpus_it_has(
+    make_supervisor: Callable[..., Supervisor], settings: Settings, jobs: Jobs, tmp_path: Path
+) -> None:
+    generous = make_supervisor(settings=settings.model_copy(update={"gpus_per_job": 4}))
+    job_id = jobs.queue(asked=_amnesia(), keep_job=str(tmp_path / "job.json"), steps=1)
+
+    assert generous.run(job_id) == "succeeded"
+
+    assert json.loads((tmp_path / "job.json").read_text())["gpus"] == 4
 
 
 def test_a_class_is_replaced_by_another_or_by_images(told: Any, jobs: Jobs) -> None:
