@@ -1,4 +1,4 @@
-# forgetd: make demo | test | check | up | bench | clean. `make` alone lists them.
+# forgetd: make demo | test | chaos | check | up | bench | clean. `make` alone lists them.
 #
 # torch: from the default index Linux gets the CUDA build (about 3 GB). Where an index has a build for CPUs alone, name
 # it: make demo TORCH_INDEX=URL
@@ -13,9 +13,11 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt $(BIN)/pip
 VOCABULARY := --no-deps open-clip-torch
 DOCKERFILES := Dockerfile Dockerfile.gpu
 COMPOSE_FILES := docker-compose.yml docker-compose.worker.yml
+# What `make chaos` runs; a longer one: make chaos CHAOS='--jobs 10000 --faults 1000 --seconds 3000 --pace 0.2'
+CHAOS ?= --jobs 200 --faults 120 --seed 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check lint types imports containers bench clean
+.PHONY: help demo up test chaos check lint types imports containers bench clean
 
 help: ## list these tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -29,6 +31,10 @@ up: $(VENV)/.run ## run the whole service on this machine until Ctrl-C
 # A worker for each core, up to four, each with servers of its own; a file's tests stay together, for what they share.
 test: $(VENV)/.dev ## run every test, on the real servers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+chaos: $(VENV)/.dev ## break everything while jobs run, and audit what is left (8 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.acceptance --times 200
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(CHAOS)
 
 check: lint types imports containers ## run every linter: style, types, import contracts, container files
 

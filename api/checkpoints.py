@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -25,7 +26,7 @@ from api.problems import documented
 from api.queries import UploadQuery
 from api.schemas import CheckpointPage, CheckpointResource
 from api.uploads import announced_sha256, stored_body
-from services import checkpoint_files, checkpoints, idempotency, jobs
+from services import checkpoint_files, checkpoints, idempotency, jobs, quotas
 from services.database import Database
 from services.errors import (
     DigestMismatch,
@@ -33,6 +34,7 @@ from services.errors import (
     IdempotencyKeyReused,
     NotACheckpoint,
     NotFound,
+    QuotaExceeded,
     TooLarge,
     UnsupportedMediaType,
 )
@@ -40,7 +42,7 @@ from services.ids import ID_PATTERNS, new_id
 from services.storage import StoredObject
 from services.tenancy import Caller
 
-__all__ = ["router"]
+__all__ = ["register_source", "router"]
 
 router = APIRouter(tags=["checkpoints"])
 ROUTE = "POST /checkpoints"
@@ -53,7 +55,13 @@ Digest = Annotated[str | None, Header(description="sha-256=:BASE64: of the file;
     status_code=202,
     response_model=CheckpointResource,
     responses=documented(
-        EmptyUpload, DigestMismatch, NotACheckpoint, IdempotencyKeyReused, TooLarge, UnsupportedMediaType
+        EmptyUpload,
+        DigestMismatch,
+        NotACheckpoint,
+        IdempotencyKeyReused,
+        QuotaExceeded,
+        TooLarge,
+        UnsupportedMediaType,
     ),
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
@@ -71,6 +79,7 @@ async def upload(
     """Upload a model: a safetensors file, a PyTorch state dict, or a diffusers folder as a tar. Validated later."""
     checkpoint_files.require_media_type(request.headers.get("content-type"))
     sha256 = announced_sha256(content_digest, repr_digest)
+    await run_in_threadpool(_refuse_if_full, database, caller, settings.tenant_open_jobs, idempotency_key)
     checkpoint_id = new_id("ckpt")
     key = checkpoints.source_key(caller.tenant_id, checkpoint_id)
     limit, inspect = settings.max_checkpoint_bytes, checkpoint_files.inspect
@@ -83,27 +92,48 @@ async def upload(
         request, storage, key, limit=limit, sha256=sha256, inspect=inspect, recorded=recorded
     ) as source:
         answer, replayed = await run_in_threadpool(
-            _register, database, caller, checkpoint_id, query, source, idempotency_key
+            partial(register_source, route=ROUTE, key=idempotency_key, open_jobs=settings.tenant_open_jobs),
+            database,
+            caller,
+            checkpoint_id,
+            query,
+            source,
         )
     if replayed:
         await run_in_threadpool(storage.erase, key)
     return answers.send(answer, replayed=replayed)
 
 
-def _register(
-    database: Database, caller: Caller, checkpoint_id: str, query: UploadQuery, source: StoredObject, key: str | None
+def _refuse_if_full(database: Database, caller: Caller, open_jobs: int, key: str | None) -> None:
+    """Before the body is read, unless the request may be a repeat; it is counted again when the row is made."""
+    with database.transaction() as session:
+        if not idempotency.answered(session, caller, route=ROUTE, key=key):
+            quotas.refuse_if_full(session, caller.tenant_id, open_jobs=open_jobs)
+
+
+def register_source(
+    database: Database,
+    caller: Caller,
+    checkpoint_id: str,
+    query: UploadQuery,
+    source: StoredObject,
+    *,
+    route: str,
+    key: str | None,
+    open_jobs: int,
 ) -> tuple[idempotency.Answer, bool]:
+    """Make an uploaded file a checkpoint and queue its validation, once for a route's key; the answer to the POST."""
     with database.transaction() as session:
 
         def act() -> idempotency.Answer:
             row = checkpoints.register(
                 session, caller, checkpoint_id, name=query.name, declared=query.declared(), source=source
             )
-            jobs.create_import(session, row, actor=caller.key_id)
+            jobs.create_import(session, row, actor=caller.key_id, open_jobs=open_jobs)
             return answers.accepted(CheckpointResource.of(row), f"/checkpoints/{row.id}", row.version)
 
         content = query.model_dump(mode="json") | {"sha256": source.sha256}
-        return idempotency.once(session, caller, route=ROUTE, key=key, content=content, act=act)
+        return idempotency.once(session, caller, route=route, key=key, content=content, act=act)
 
 
 @router.get("/checkpoints", response_model=CheckpointPage, responses=documented())
@@ -136,7 +166,7 @@ async def read(
             return row.status != "validating" and changed(if_none_match, row.version)
 
     if wait:
-        await wait_until(settled, wait, request)
+        await wait_until(lambda: run_in_threadpool(settled), wait, request)
     return await run_in_threadpool(_read, database, caller, checkpoint_id, if_none_match)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import anyio
 from fastapi import Request, Response
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
-__all__ = ["Crowd", "changed", "crowd", "etag", "represent", "retry_after", "wait_until"]
+__all__ = ["Crowd", "changed", "crowd", "etag", "represent", "retry_after", "unchanged", "wait_until"]
 
 FIRST_POLL_SECONDS = 0.05
 LAST_POLL_SECONDS = 0.5
@@ -42,10 +41,19 @@ def represent(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """A resource with its entity tag, or 304 when the caller has it."""
-    tags = {"ETag": etag(version), "Cache-Control": "private, no-cache", **(headers or {})}
     if not changed(if_none_match, version):
-        return Response(status_code=304, headers=tags)
+        return unchanged(version, headers)
+    tags = _tags(version, headers)
     return Response(resource.model_dump_json(), status, media_type="application/json", headers=tags)
+
+
+def unchanged(version: int, headers: Mapping[str, str] | None = None) -> Response:
+    """304: the caller has it."""
+    return Response(status_code=304, headers=_tags(version, headers))
+
+
+def _tags(version: int, headers: Mapping[str, str] | None) -> dict[str, str]:
+    return {"ETag": etag(version), "Cache-Control": "private, no-cache", **(headers or {})}
 
 
 def retry_after(eta_seconds: float | None) -> str:
@@ -58,6 +66,7 @@ class Crowd:
 
     def __init__(self) -> None:
         self.waiting = 0
+        self.leaving = False  # the process is to end: whoever waits is answered with what there is
 
     @contextmanager
     def member(self) -> Iterator[None]:
@@ -76,14 +85,14 @@ class Crowd:
 crowd = Crowd()  # of this process: one event loop, so nothing to lock
 
 
-async def wait_until(done: Callable[[], bool], seconds: float, request: Request) -> None:
-    """Return when it is done, the time is over or the caller is gone. Holds no thread and no connection meanwhile."""
+async def wait_until(done: Callable[[], Awaitable[bool]], seconds: float, request: Request) -> None:
+    """Return when it is done, the time is over, or one side leaves. Holds no thread and no connection meanwhile."""
     deadline = time.monotonic() + seconds
     pause = FIRST_POLL_SECONDS
     with crowd.member():
-        while not await run_in_threadpool(done):
+        while not await done():
             left = deadline - time.monotonic()
-            if left <= 0 or await request.is_disconnected():
+            if left <= 0 or crowd.leaving or await request.is_disconnected():
                 return
             await crowd.pause(pause, at_most=left)
             pause = min(LAST_POLL_SECONDS, pause * POLL_GROWTH)

@@ -106,7 +106,7 @@ async def _frames(
             if view.version != shown and not full:
                 shown, pinged = view.version, time.monotonic()
                 yield format_sse_event(data_str=json.dumps(view.progress), event="progress")
-            if time.monotonic() > ends or await request.is_disconnected():
+            if time.monotonic() > ends or crowd.leaving or await request.is_disconnected():
                 return
             if time.monotonic() - pinged > PING_SECONDS:
                 pinged = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 from botocore.exceptions import ConnectionError as StoreConnectionError
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +28,7 @@ from services.errors import (
     UnsupportedMediaType,
     WrongKey,
 )
+from services.logs import fields
 
 __all__ = ["COMMON", "PROBLEM_JSON", "documented", "install", "respond"]
 
@@ -61,8 +62,11 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 
 
 def respond(error: ForgetdError) -> Response:
-    """An error as its problem."""
-    return JSONResponse(error.problem(), error.status, headers=error.headers, media_type=PROBLEM_JSON)
+    """An error as its problem; where the fault is ours, with the id of the request, which is in the log too."""
+    told = error.problem()
+    if error.status >= Internal.status and (request := fields().get("request")) is not None:
+        told |= {"request_id": request}
+    return JSONResponse(told, error.status, headers=error.headers, media_type=PROBLEM_JSON)
 
 
 def documented(*leaves: type[ForgetdError]) -> dict[int | str, dict[str, Any]]:
@@ -90,7 +94,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _gone)
     for error in (OperationalError, InterfaceError, PoolTimeout):
         app.add_exception_handler(error, _database_silent)
-    for store_error in (HTTPClientError, StoreConnectionError, ClientError):
+    # ConnectionError is the language's own, of an answer that broke off (``services.multipart.whole``).
+    for store_error in (HTTPClientError, StoreConnectionError, IncompleteReadError, ConnectionError, ClientError):
         app.add_exception_handler(store_error, _store_silent)
 
 

@@ -11,7 +11,7 @@ from api.schemas import Declared, Name, Output
 from services.classifiers import Facts
 from services.request_names import ClassName
 
-__all__ = ["ClassifierQuery", "UploadQuery"]
+__all__ = ["ClassifierQuery", "UploadBody", "UploadQuery", "UploadWhole"]
 
 THRESHOLDS = {"logits": 0.5, "probabilities": 0.5, "score": 0.0}
 
@@ -23,7 +23,21 @@ class UploadQuery(Declared):
 
     def declared(self) -> dict[str, Any]:
         """What is said about the model."""
-        return self.model_dump(exclude_none=True, exclude={"name"})
+        return self.model_dump(exclude_none=True, include=set(Declared.model_fields))
+
+
+class UploadBody(UploadQuery):
+    """The body of ``POST /checkpoints/uploads``."""
+
+    bytes: Annotated[int, Field(ge=1, description="of the whole file")]
+
+
+class UploadWhole(BaseModel):
+    """The body of ``POST /checkpoints/uploads/{id}/complete``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="of the whole file, in hexadecimal")]
 
 
 def _split(value: Any) -> Any:

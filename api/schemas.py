@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from services import results
+from services.lookups import JobView
 from services.tables import Checkpoint, Classifier, ImageSet, Job
+from services.uploads import Upload
 
 __all__ = [
     "ArtifactList",
@@ -24,6 +26,9 @@ __all__ = [
     "ImageSetResource",
     "JobPage",
     "JobResource",
+    "UploadPart",
+    "UploadParts",
+    "UploadResource",
 ]
 
 Family = Literal[
@@ -108,6 +113,35 @@ class CheckpointResource(BaseModel):
         )
 
 
+class UploadResource(BaseModel):
+    """A large model on its way to the store, in parts."""
+
+    id: str = Field(description="the checkpoint's, once the upload is complete")
+    bytes: int = Field(description="of the whole file")
+    part_bytes: int = Field(description="of every part but the last")
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, upload: Upload) -> Self:
+        """From its record."""
+        return cls.model_validate({name: getattr(upload, name) for name in UploadResource.model_fields})
+
+
+class UploadPart(BaseModel):
+    """A part that has not arrived."""
+
+    number: int
+    first: int = Field(description="byte of the file")
+    bytes: int
+    url: str = Field(description="takes the part by PUT, for a while; give it no API key")
+
+
+class UploadParts(UploadResource):
+    """An upload and what is missing of it."""
+
+    missing: list[UploadPart] = Field(description="empty: complete it")
+
+
 class ClassifierResource(FileFacts):
     """A judge of attributes: an ONNX file that was loaded and tried once."""
 
@@ -189,21 +223,25 @@ class JobResource(BaseModel):
     seed: int
     attempt: int
     progress: dict[str, Any] | None = Field(description="phase, step, total, eta_seconds, losses, metrics")
-    reason: str | None = Field(description="of a failure, for programs: criteria_not_met, user_error, ...")
+    reason: str | None = Field(
+        description="of a failure, for programs: criteria_not_met, user_error, out_of_memory, attempts_exhausted, "
+        "deadline_exceeded, internal"
+    )
     problem: dict[str, Any] | None = Field(description="of a failure, for people")
     summary: dict[str, Any] | None = Field(description="headline figures of the report")
     artifacts: list[ArtifactResource]
     metadata: dict[str, Any]
     cancel_requested_at: datetime | None
+    deadline_at: datetime | None = Field(description="by when it must have succeeded; null: whenever")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
     @classmethod
-    def of(cls, row: Job) -> Self:
+    def of(cls, row: Job | JobView) -> Self:
         """From its row."""
         own = ("id", "kind", "status", "phase", "seed", "attempt", "progress", "reason", "problem", "summary")
-        times = ("cancel_requested_at", "created_at", "started_at", "finished_at")
+        times = ("cancel_requested_at", "deadline_at", "created_at", "started_at", "finished_at")
         return cls.model_validate(
             {name: getattr(row, name) for name in (*own, *times)}
             | {

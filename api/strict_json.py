@@ -26,10 +26,11 @@ class StrictJsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler around a stricter request."""
         handle = super().get_route_handler()
-        takes_body = self.body_field is not None
+        if self.body_field is None:
+            return handle
 
         async def strict(request: Request) -> Response:
-            if takes_body and not _is_json(request.headers.get("content-type", "")):
+            if not _is_json(request.headers.get("content-type", "")):
                 raise UnsupportedMediaType("Send JSON, with Content-Type: application/json.")
             return await handle(_StrictRequest(request.scope, request.receive))
 

@@ -41,9 +41,9 @@ def push(
 ) -> None:
     """Upload a model and have it validated. Prints its id.
 
-    The file goes to the service, which keeps it in its object store. A safetensors file is checked; a plain state dict
-    (.pt, .pth, .ckpt) is converted in a process without network, and code in it is never executed. A diffusers folder
-    goes as a plain tar: tar -cf model.tar -C FOLDER .
+    The file goes to the service, which keeps it in its object store; one of 64 MiB or more goes straight there. A
+    safetensors file is checked; a plain state dict (.pt, .pth, .ckpt) is converted in a process without network, and
+    code in it is never executed. A diffusers folder goes as a plain tar: tar -cf model.tar -C FOLDER .
     """
     from cli.output import emit, emit_json, say, transfer_bar
 
@@ -59,6 +59,7 @@ def push(
                 prediction_type=prediction_type,
                 wait=False,
                 progress=progress,
+                notice=say,
             )
         if wait:
             say(f"Uploaded as {checkpoint.id}; validating.")

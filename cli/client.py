@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Client(Uploads):
         sample_grid: bool = False,
         seed: int | None = None,
         priority: int = 0,
+        deadline: datetime | timedelta | str | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
@@ -92,7 +94,8 @@ class Client(Uploads):
             held_out: Id of a set of images that the model never saw, measured only.
             sample_grid: Whether the report shows samples of both models; they may show faces.
             seed: Of all randomness; drawn and reported when unset.
-            priority: Higher first.
+            priority: Higher first, among your own jobs.
+            deadline: By when it must have succeeded, else it fails: a time with its offset, or how long from now.
             metadata: Yours; returned as sent.
             idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
         """
@@ -102,7 +105,7 @@ class Client(Uploads):
             "target": {name: value for name, value in target.items() if value is not None},
             **_replacement(replace_with),
             **({} if judge is None else {"judge": dict(judge)}),
-            **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
+            **_common(checkpoint, remember, parameters, criteria, seed, priority, deadline, metadata),
             "evaluation": _evaluation(sample_grid, same_identity=same_identity, held_out=held_out),
         }
         return self.submit(body, idempotency_key=idempotency_key)
@@ -124,6 +127,7 @@ class Client(Uploads):
         sample_grid: bool = False,
         seed: int | None = None,
         priority: int = 0,
+        deadline: datetime | timedelta | str | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
@@ -146,7 +150,8 @@ class Client(Uploads):
             held_out: Id of a set of images that the model never saw, measured only.
             sample_grid: Whether the report shows samples of both models; they may show faces.
             seed: Of all randomness; drawn and reported when unset.
-            priority: Higher first.
+            priority: Higher first, among your own jobs.
+            deadline: By when it must have succeeded, else it fails: a time with its offset, or how long from now.
             metadata: Yours; returned as sent.
             idempotency_key: Repeat a call with the same key and it is the same job; made anew when unset.
         """
@@ -155,7 +160,7 @@ class Client(Uploads):
             "attribute": dict(attribute),
             "target_distribution": dict(target_distribution),
             **{name: value for name, value in said.items() if value is not None},
-            **_common(checkpoint, remember, parameters, criteria, seed, priority, metadata),
+            **_common(checkpoint, remember, parameters, criteria, seed, priority, deadline, metadata),
             "evaluation": _evaluation(sample_grid, held_out=held_out),
         }
         return self.submit(body, kind="debias", idempotency_key=idempotency_key)
@@ -273,15 +278,19 @@ class Client(Uploads):
         return self._fetch(path, Path(directory), Path(artifact.name).name, artifact.sha256, progress)
 
     def _fetch(self, path: str, directory: Path, name: str, sha256: str | None, progress: BytesProgress | None) -> Path:
-        answer = self._get(path)
-        location = answer.headers.get("location")
-        announced = sha256 or sha256_of_header(answer.headers.get("repr-digest", ""))
-        if not answer.is_redirect or not location:
-            raise Unreachable(f"{self.url}{path} did not say where the file is.")
+        def ask() -> tuple[str, str]:
+            answer = self._get(path)
+            location = answer.headers.get("location")
+            if not answer.is_redirect or not location:
+                raise Unreachable(f"{self.url}{path} did not say where the file is.")
+            return str(answer.url.join(location)), answer.headers.get("repr-digest", "")
+
+        link, digest = ask()
+        announced = sha256 or sha256_of_header(digest)
         if not announced:
             raise DownloadCorrupt(f"{self.url}{path} announced no SHA-256; nothing was fetched.")
-        link = str(answer.url.join(location))
-        return save(link, directory / name, sha256=announced, timeout=self._timeout, progress=progress)
+        target = directory / name
+        return save(link, target, sha256=announced, timeout=self._timeout, progress=progress, fresh=lambda: ask()[0])
 
     # The service itself.
 
@@ -301,6 +310,7 @@ def _common(
     criteria: Mapping[str, Any] | None,
     seed: int | None,
     priority: int,
+    deadline: datetime | timedelta | str | None,
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the bodies of all jobs have in common."""
@@ -316,6 +326,9 @@ def _common(
         body["remember"] = dict(remember) if isinstance(remember, Mapping) else known
     if seed is not None:
         body["seed"] = seed
+    if deadline is not None:
+        moment = datetime.now(UTC) + deadline if isinstance(deadline, timedelta) else deadline
+        body["deadline"] = moment.isoformat() if isinstance(moment, datetime) else moment
     return body
 
 

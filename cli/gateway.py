@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-APP = "api.app:create_app"
+APP = "api.app:process_app"
 GRACEFUL_SECONDS = 3  # long polls and event streams end after this when the service stops
 
 

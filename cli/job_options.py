@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ __all__ = [
     "Aliases",
     "AtMost",
     "CheckpointId",
+    "Deadline",
     "GuidanceScale",
     "HeldOut",
     "IdempotencyKey",
@@ -38,10 +40,14 @@ __all__ = [
     "Seed",
     "Watch",
     "common",
+    "deadline_of",
     "follow",
     "replacement",
     "send",
 ]
+
+DURATIONS = {"m": "minutes", "h": "hours", "d": "days"}
+EXAMPLE = "2026-12-31T18:00:00Z"
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Id of a ready model: ckpt_...")]
 Remember = Annotated[
@@ -97,7 +103,14 @@ OthersWithin = Annotated[
     float | None, typer.Option(help="How far what stays may fall in accuracy.", show_default="0.02")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of all randomness.", show_default="drawn, reported")]
-Priority = Annotated[int, typer.Option(min=-100, max=100, help="Higher first.")]
+Priority = Annotated[int, typer.Option(min=-100, max=100, help="Higher first, among your own jobs.")]
+Deadline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DURATION|TIME",
+        help="By when it must have succeeded, else it fails: 30m, 2h, 3d from now, or 2026-12-31T18:00:00Z.",
+    ),
+]
 Metadata = Annotated[
     list[str] | None,
     typer.Option("--metadata", "-m", metavar="NAME=VALUE", help="Yours, kept with the job. Repeat."),
@@ -164,6 +177,16 @@ def replacement(text: str | None, concept: str | None = None) -> str | int | dic
         f"{text!r} is neither noise, nor others, nor a class from 0, nor imgs_...; a concept goes with "
         "--replace-with-concept."
     )
+
+
+def deadline_of(text: str | None) -> str | timedelta | None:
+    """A deadline as the client takes it: a duration from now, or the time as it was written."""
+    if text is None or "T" in text.upper():
+        return text
+    number, unit = text[:-1], text[-1:].lower()
+    if unit not in DURATIONS or not (number.isascii() and number.isdecimal()) or len(number) > 6:
+        raise typer.BadParameter(f"{text!r} is neither a duration such as 30m, 2h or 3d, nor a time such as {EXAMPLE}.")
+    return timedelta(**{DURATIONS[unit]: int(number)})
 
 
 def follow(client: Client, job_id: str, *, timeout: float | None = None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from cli.job_options import (
     Aliases,
     AtMost,
     CheckpointId,
+    Deadline,
     GuidanceScale,
     HeldOut,
     IdempotencyKey,
@@ -29,6 +30,7 @@ from cli.job_options import (
     Seed,
     Watch,
     common,
+    deadline_of,
     replacement,
     send,
 )
@@ -112,6 +114,7 @@ def forget(
     release_always: ReleaseAlways = False,
     seed: Seed = None,
     priority: Priority = 0,
+    deadline: Deadline = None,
     metadata: Metadata = None,
     idempotency_key: IdempotencyKey = None,
     watch: Watch = False,
@@ -134,6 +137,7 @@ def forget(
         raise typer.BadParameter("Say what to forget: IMAGES, --attribute, --class-label or --concept.")
     if shows and judge is None:
         raise typer.BadParameter("--shows says what classes of the --judge show; name one.")
+    until = deadline_of(deadline)
     said = common(
         remember=remember,
         remember_generated=remember_generated,
@@ -168,6 +172,7 @@ def forget(
             sample_grid=sample_grid,
             seed=seed,
             priority=priority,
+            deadline=until,
             idempotency_key=idempotency_key,
             **said,
         ),
@@ -227,6 +232,7 @@ def debias(
     release_always: ReleaseAlways = False,
     seed: Seed = None,
     priority: Priority = 0,
+    deadline: Deadline = None,
     metadata: Metadata = None,
     idempotency_key: IdempotencyKey = None,
     watch: Watch = False,
@@ -244,6 +250,7 @@ def debias(
     model itself stays as it is. With --watch the exit code tells the outcome: 0 succeeded, 5 failed or cancelled, 6
     criteria missed.
     """
+    until = deadline_of(deadline)
     said = common(
         remember=remember,
         remember_generated=remember_generated,
@@ -272,6 +279,7 @@ def debias(
             sample_grid=sample_grid,
             seed=seed,
             priority=priority,
+            deadline=until,
             idempotency_key=idempotency_key,
             **said,
         ),

@@ -72,6 +72,7 @@ def show(job: JobId, url: Url = None, key: Key = None, as_json: Json = False) ->
             "reason": found.reason,
             "problem": " ".join(str(problem[part]) for part in ("title", "detail") if problem.get(part)),
             "checkpoint": found.checkpoint,
+            "deadline": found.wire.get("deadline_at"),
             "attempt": str(found.attempt) if found.attempt else None,
             "accepted": f"{age(found.created_at)} ago",
             "took": f"{found.seconds:.1f} s" if found.seconds is not None else None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-__all__ = ["app", "database_url"]
+__all__ = ["app", "database_url", "operator_session"]
 
 NO_DATABASE = """No database is known here. Set FORGETD_DATABASE_URL to the service's database
 (postgresql+psycopg://user:password@host:port/database), or run `forgetd up` in this folder first."""
@@ -38,7 +38,7 @@ def create(
     from cli.output import emit, emit_json, say
     from services import tenancy
 
-    with _session(data_dir) as session:
+    with operator_session(data_dir) as session:
         made = tenancy.create_key(session, tenant=tenant, name=name)
     if as_json:
         emit_json({"id": made.id, "tenant": made.tenant, "name": made.name, "secret": made.secret})
@@ -55,7 +55,7 @@ def list_(
     from cli.output import age, emit_json, table
     from services import tenancy
 
-    with _session(data_dir) as session:
+    with operator_session(data_dir) as session:
         rows = [
             (key.id, tenant.name, key.name, key.created_at, key.revoked_at)
             for key, tenant in tenancy.list_keys(session)
@@ -78,7 +78,7 @@ def revoke(
     from cli.output import say
     from services import tenancy
 
-    with _session(data_dir) as session:
+    with operator_session(data_dir) as session:
         tenancy.revoke_key(session, key)
     say(f"{key} is revoked.")
 
@@ -102,7 +102,7 @@ def database_url(data_dir: Path | None) -> str:
 
 
 @contextmanager
-def _session(data_dir: Path | None) -> Iterator[Session]:
+def operator_session(data_dir: Path | None) -> Iterator[Session]:
     """One transaction on that database; what it refuses becomes the client's errors."""
     from sqlalchemy.exc import OperationalError, ProgrammingError
 

@@ -66,11 +66,15 @@ def migrate(data_dir: DataDir = None) -> None:
     """Bring the database's schema to this version. For operators; `forgetd up` does it by itself.
 
     Works on FORGETD_DATABASE_URL, or on the database of the `forgetd up` that runs here. Safe to run from several hosts
-    at once, and when there is nothing to do.
+    at once, and when there is nothing to do. No step waits for a lock for more than 5 seconds: it is undone, and said.
     """
+    from cli.errors import ClientError
     from cli.keys import database_url
     from cli.output import say
-    from services.migrations import upgrade
+    from services.migrations import MigrationBlocked, upgrade
 
-    upgrade(database_url(data_dir))
+    try:
+        upgrade(database_url(data_dir))
+    except MigrationBlocked as error:
+        raise ClientError(str(error)) from error
     say("The database is up to date.")

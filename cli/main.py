@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cli import checkpoints, classifiers, images, jobs, keys, local, train
+from cli import checkpoints, classifiers, doctor, images, jobs, keys, local, tenants, train, worker
 from cli.exits import ExitCode, exit_code_of
 from cli.options import prose
 
@@ -34,11 +34,14 @@ app = typer.Typer(
 )
 local.register(app)
 train.register(app)
+doctor.register(app)
+worker.register(app)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(classifiers.app, name="classifiers")
 app.add_typer(images.app, name="images")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 
 
 def main() -> None:

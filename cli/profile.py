@@ -11,12 +11,12 @@ import fcntl
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cli.errors import ClientError, Unreachable
 
-__all__ = ["Profile", "data_dir", "live_profile", "read_profile", "resolve", "write_profile"]
+__all__ = ["Profile", "data_dir", "live_profile", "read_profile", "resolve", "service_environment", "write_profile"]
 
 PROFILE = "profile.json"
 LOCK = "up.lock"
@@ -30,6 +30,7 @@ class Profile:
     key: str
     database_url: str
     pid: int
+    environment: dict[str, str] = field(default_factory=dict)  # the settings of its processes; none in older profiles
 
 
 def data_dir(given: Path | None = None) -> Path:
@@ -53,7 +54,9 @@ def read_profile(folder: Path) -> Profile | None:
         if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
             raise ClientError(f"{path} is not yours alone (mode 0600); it is not trusted with your images.")
         members = json.loads(path.read_text())
-        return Profile(members["url"], members["key"], members["database_url"], members["pid"])
+        return Profile(
+            members["url"], members["key"], members["database_url"], members["pid"], members.get("environment", {})
+        )
     return None
 
 
@@ -67,6 +70,13 @@ def live_profile(folder: Path) -> Profile | None:
         return read_profile(folder)
     except OSError:
         return None
+
+
+def service_environment(folder: Path) -> dict[str, str]:
+    """This process's variables, over the settings of the service that runs in a folder if no database is named."""
+    here = dict(os.environ)
+    profile = None if here.get("FORGETD_DATABASE_URL") else live_profile(folder)
+    return here if profile is None else profile.environment | here
 
 
 def resolve(url: str | None, key: str | None) -> tuple[str, str | None]:

@@ -42,7 +42,8 @@ LOCK_TRIES = 5
 DRAIN_SECONDS = 50.0  # above Settings.drain_grace_seconds, after which the worker itself gives up
 WATCH_SECONDS = 1.0  # between two looks at the embedded servers
 TENANT = "local"
-QUEUES = ("gpu.flow", "cpu.convert")
+# The workers, by name, and what each listens to: training has the accelerator to itself, uploads never wait behind it.
+WORKERS: Mapping[str, tuple[str, ...]] = {"worker-gpu": ("gpu.flow", "gpu.diffusion"), "worker-cpu": ("cpu",)}
 
 # Variables that are ours to set for the servers we start.
 DATABASE, BROKER, STORAGE = "FORGETD_DATABASE_URL", "FORGETD_BROKER_URL", "FORGETD_S3_ENDPOINT_URL"
@@ -61,7 +62,7 @@ class LocalService:
         settings: Further ``FORGETD_*`` variables for the children, over those of the environment.
         tell: Called with a line when something happens that a person should know.
         durable: False for tests: the data need not survive a crash of the machine.
-        queues: The queues that get a worker each.
+        workers: The queues that each worker listens to, by the worker's name.
         heal_servers: Whether an embedded server that crashed is started again; off for tests that crash them.
     """
 
@@ -73,7 +74,7 @@ class LocalService:
         settings: Mapping[str, str] | None = None,
         tell: Callable[[str], None] = lambda _line: None,
         durable: bool = True,
-        queues: tuple[str, ...] = QUEUES,
+        workers: Mapping[str, tuple[str, ...]] = WORKERS,
         heal_servers: bool = True,
     ) -> None:
         self.data_dir = data_dir.expanduser().resolve()
@@ -87,7 +88,7 @@ class LocalService:
         self._settings = dict(settings or {})
         self._tell = tell
         self._durable = durable
-        self._queues = queues
+        self._workers = dict(workers)
         self._heal_servers = heal_servers
         self._lock: IO[str] | None = None
         self._listener: socket.socket | None = None
@@ -107,7 +108,7 @@ class LocalService:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of the children that run now: gateway, control, and a worker for each queue by its name."""
+        """Process ids of the children that run now: gateway, control and the workers."""
         return {name: pid for name, child in self.children.items() if (pid := child.pid) is not None}
 
     @property
@@ -134,7 +135,8 @@ class LocalService:
                 child.begin(self.environment)
             self._make_key()
             self._wait_until_ready(deadline=began + START_SECONDS)
-            write_profile(self.data_dir, Profile(self.url, self.key, self.database_url, os.getpid()))
+            profile = Profile(self.url, self.key, self.database_url, os.getpid(), self.environment)
+            write_profile(self.data_dir, profile)
         except BaseException:
             self.stop()
             raise
@@ -238,8 +240,9 @@ class LocalService:
         celery = ["kombu.transport.redis", "celery.apps.worker", "celery.concurrency.thread", "celery.fixups.django"]
         add("gateway", "cli.gateway", [str(descriptor)], ["api.app", *libraries], (descriptor,))
         add("control", "worker.control", [], [*libraries, *celery[:1]])
-        for queue in self._queues:
-            add(queue, "worker.main", ["--queues", queue, "--name", f"local-{queue}"], [*libraries, *celery])
+        for name, queues in self._workers.items():
+            arguments = ["--queues", ",".join(queues), "--name", f"local-{name}"]
+            add(name, "worker.main", arguments, [*libraries, *celery])
 
     def _load_libraries(self) -> None:
         """What this process needs once the database answers."""
@@ -285,7 +288,7 @@ class LocalService:
     def _migrate(self) -> None:
         from sqlalchemy.exc import OperationalError
 
-        from services.migrations import at_head, upgrade
+        from services.migrations import MigrationBlocked, at_head, upgrade
 
         database = self._database()
         try:
@@ -293,6 +296,8 @@ class LocalService:
                 if at_head(connection):
                     return
             upgrade(self.database_url)
+        except MigrationBlocked as error:
+            raise StartFailed(str(error)) from error
         except OperationalError as error:
             raise StartFailed(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
         finally:
@@ -320,9 +325,9 @@ class LocalService:
         """Until the gateway says that it is ready and each worker has said that it lives."""
         database = self._database()
         try:
-            waiting = set(self._queues)
+            waiting = set(self._workers)
             while waiting:
-                self._check_start(deadline, f"worker {sorted(waiting)[0]}")
+                self._check_start(deadline, sorted(waiting)[0])
                 waiting -= self._present(database)
                 time.sleep(READY_POLL_SECONDS if waiting else 0)
         finally:
@@ -349,15 +354,15 @@ class LocalService:
             raise StartFailed(f"The {what} was not ready within {START_SECONDS:.0f} s. Logs: {self.data_dir / 'logs'}")
 
     def _present(self, database: Database) -> set[str]:
-        """The queues whose worker, the very process we started, has said that it lives."""
+        """The workers of which the very process that we started has said that it lives."""
         from sqlalchemy import select
 
         from services.tables import WorkerSlot
 
         with database.transaction() as session:
-            rows = session.execute(select(WorkerSlot.id, WorkerSlot.queue)).all()
+            present = set(session.scalars(select(WorkerSlot.id)))
         pids = self.pids
-        return {row.queue for row in rows if f"-{pids.get(row.queue)}-" in row.id}
+        return {name for name in self._workers if any(f"-{pids.get(name)}-" in worker for worker in present)}
 
     def _watch_servers(self) -> None:
         """Start an embedded server again that has crashed; it comes back at the same URL."""

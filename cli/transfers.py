@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from cli.errors import DownloadCorrupt, Unreachable
+from cli.parts import LARGE_BYTES, fetch_parts
 from cli.transport import is_loopback
 
 __all__ = ["LazyFile", "digest_header", "file_chunks", "file_digest", "save", "sha256_of_header"]
@@ -94,33 +95,49 @@ class LazyFile(io.RawIOBase):
         return data
 
 
-def save(url: str, target: Path, *, sha256: str, timeout: float, progress: Progress | None = None) -> Path:
+def save(
+    url: str,
+    target: Path,
+    *,
+    sha256: str,
+    timeout: float,
+    progress: Progress | None = None,
+    fresh: Callable[[], str] | None = None,
+) -> Path:
     """Fetch a presigned URL into a file; the file appears whole and verified, or not at all.
 
-    The store gets the URL and nothing else: no API key, no cookie.
+    The store gets the URL and nothing else: no API key, no cookie. ``fresh`` asks for another such URL: a large file
+    is fetched in ranges, and may take longer than the first is good for.
 
     Raises:
         DownloadCorrupt: The bytes have another SHA-256.
         Unreachable: The store did not answer to the end.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        with fresh.open("xb") as file:
-            found = _stream(url, file, timeout=timeout, progress=progress)
+        with part.open("x+b") as file:
+            found = _stream(url, file, timeout=timeout, progress=progress, fresh=fresh)
             file.flush()
             os.fsync(file.fileno())
         if found != sha256.lower():
             raise DownloadCorrupt(
                 f"{target.name} arrived with SHA-256 {found}, announced was {sha256}; nothing was kept."
             )
-        fresh.replace(target)
+        part.replace(target)
     finally:
-        fresh.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return target
 
 
-def _stream(url: str, file: io.BufferedWriter, *, timeout: float, progress: Progress | None) -> str:
+def _stream(
+    url: str,
+    file: io.BufferedRandom,
+    *,
+    timeout: float,
+    progress: Progress | None,
+    fresh: Callable[[], str] | None,
+) -> str:
     digest, done = hashlib.sha256(), 0
     try:
         with httpx.stream("GET", url, timeout=timeout, trust_env=not is_loopback(url)) as answer:
@@ -129,6 +146,9 @@ def _stream(url: str, file: io.BufferedWriter, *, timeout: float, progress: Prog
                     f"The object store answers {answer.status_code}: the link may have expired, try again."
                 )
             total = int(answer.headers.get("content-length", 0))
+            if total >= LARGE_BYTES and answer.headers.get("accept-ranges") == "bytes":
+                answer.close()
+                return fetch_parts(url, file.fileno(), total, timeout=timeout, progress=progress, fresh=fresh)
             for chunk in answer.iter_bytes(CHUNK_BYTES):
                 file.write(chunk)
                 digest.update(chunk)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cli.caller import LONG_POLL_SECONDS, WAITING_PATIENCE_SECONDS, BytesProgress, Caller, FilePath, once
 from cli.errors import CheckpointRejected, Unreachable
+from cli.parts import LARGE_BYTES, Part, StoreOutOfReach, send_parts
 from cli.resources import Checkpoint, Classifier, ImageSet
 from cli.transfers import LazyFile, digest_header, file_chunks, file_digest
 
@@ -32,11 +34,13 @@ class Uploads(Caller):
         prediction_type: str | None = None,
         wait: bool = True,
         progress: BytesProgress | None = None,
+        notice: Callable[[str], object] | None = None,
     ) -> Checkpoint:
         """Upload a model and have it validated.
 
-        The file is streamed with its SHA-256 (Content-Digest), so that damage on the way is refused. What its shapes
-        tell is inferred; say the rest.
+        The file is streamed with its SHA-256 (Content-Digest), so that damage on the way is refused. One of 64 MiB and
+        more goes straight to the object store, in parts, and its SHA-256 is checked by the validation; where the store
+        cannot be reached from here it goes through the service as well. What its shapes tell is inferred; say the rest.
 
         Args:
             path: A safetensors file, a plain state dict, or a diffusers folder as a plain tar.
@@ -49,6 +53,7 @@ class Uploads(Caller):
                 say.
             wait: Whether to return only when validation has ended.
             progress: Called with bytes sent and bytes in all.
+            notice: Called with a sentence where the file goes another way than it should.
 
         Raises:
             CheckpointRejected: Validation ended badly (only with ``wait``).
@@ -56,9 +61,9 @@ class Uploads(Caller):
         path = Path(path)
         query = {"image_size": image_size, "n_bits": n_bits, "family": family, "noise_std": noise_std}
         query |= {"prediction_type": prediction_type}
-        checkpoint = Checkpoint.from_wire(
-            self._push("/checkpoints", path, {"name": name or path.name} | query, progress)
-        )
+        said = {"name": name or path.name} | query
+        made = self._push_parts(path, said, progress, notice) if path.stat().st_size >= LARGE_BYTES else None
+        checkpoint = Checkpoint.from_wire(made or self._push("/checkpoints", path, said, progress))
         return self.wait_checkpoint(checkpoint.id) if wait else checkpoint
 
     def wait_checkpoint(self, checkpoint_id: str, *, timeout: float | None = None) -> Checkpoint:
@@ -175,6 +180,35 @@ class Uploads(Caller):
         """
         answer = self._transport.send("DELETE", f"/image-sets/{image_set_id}", repeatable=True)
         return ImageSet.from_wire(answer.json())
+
+    def _push_parts(
+        self,
+        path: Path,
+        said: Mapping[str, Any],
+        progress: BytesProgress | None,
+        notice: Callable[[str], object] | None,
+    ) -> Mapping[str, Any] | None:
+        """Send a checkpoint's file straight to the store; what the service made of it, or None: not from here."""
+        body = {key: value for key, value in said.items() if value is not None} | {"bytes": path.stat().st_size}
+        begun = self._transport.send(
+            "POST", "/checkpoints/uploads", json=body, headers=once(None), repeatable=True
+        ).json()
+        place = f"/checkpoints/uploads/{begun['id']}"
+
+        def missing() -> list[Part]:
+            return [Part(it["first"], it["bytes"], it["url"]) for it in self._get(place).json()["missing"]]
+
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
+            digest = beside.submit(file_digest, path)
+            try:
+                send_parts(path, missing, timeout=self._timeout, patience=self._transport.patience, progress=progress)
+            except StoreOutOfReach as error:
+                if notice:
+                    notice(f"{error} Sending it through the service.")
+                return None
+            told = {"sha256": digest.result().hex()}
+        made: Mapping[str, Any] = self._transport.send("POST", f"{place}/complete", json=told, repeatable=True).json()
+        return made
 
     def _push(
         self, route: str, path: Path, query: Mapping[str, Any], progress: BytesProgress | None

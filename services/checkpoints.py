@@ -107,10 +107,10 @@ def reject(session: Session, tenant_id: str, checkpoint_id: str, problem: dict[s
 
 
 def forget_source(session: Session, tenant_id: str, checkpoint_id: str) -> None:
-    """The uploaded file is gone from the store (see ``object_keys.checkpoint_source``)."""
+    """The uploaded file is gone from the store (see ``object_keys.checkpoint_source``). Twice is as once."""
     session.execute(
         update(Checkpoint)
-        .where(Checkpoint.tenant_id == tenant_id, Checkpoint.id == checkpoint_id)
+        .where(Checkpoint.tenant_id == tenant_id, Checkpoint.id == checkpoint_id, Checkpoint.source_key.is_not(None))
         .values(source_key=None, version=Checkpoint.version + 1)
     )
 

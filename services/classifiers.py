@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from services import audit, object_keys
 from services.errors import ClassifierErased, ClassifierInUse, InvalidRequest, NotAClassifier, NotFound
-from services.mentions import CLASSIFIERS, is_open, mentions
+from services.mentions import CLASSIFIERS, mentions
+from services.statuses import is_open
 from services.storage import ObjectStorage, StoredObject
 from services.tables import Classifier, Job
 from services.tenancy import Caller

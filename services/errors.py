@@ -8,6 +8,7 @@ ForgetdError
 ├── TooLarge              413
 ├── UnsupportedMediaType  415
 ├── Unprocessable         422  invalid-request and what is wrong with content
+├── TooMany               429  quota-exceeded
 ├── Internal              500  a defect of ours; the log has more under the reference
 └── Unavailable           503  a server behind us does not answer
 """
@@ -37,14 +38,17 @@ __all__ = [
     "NotACheckpoint",
     "NotAClassifier",
     "NotFound",
+    "QuotaExceeded",
     "ResultNotAvailable",
     "ResultWithheld",
     "TooLarge",
+    "TooMany",
     "Unauthenticated",
     "Unavailable",
     "UnknownPath",
     "Unprocessable",
     "UnsupportedMediaType",
+    "UploadIncomplete",
     "WrongKey",
 ]
 
@@ -177,6 +181,12 @@ class ResultWithheld(Conflict):
     slug = "result-withheld"
 
 
+class UploadIncomplete(Conflict):
+    """Parts of this upload have not arrived."""
+
+    slug = "upload-incomplete"
+
+
 class TooLarge(ForgetdError):
     """The body is larger than this service accepts."""
 
@@ -244,6 +254,20 @@ class IdempotencyKeyReused(Unprocessable):
     """This Idempotency-Key was used for a different request."""
 
     slug = "idempotency-key-reused"
+
+
+class TooMany(ForgetdError):
+    """You have more of this than you may at once."""
+
+    status = 429
+    slug = "too-many"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "30"}
+
+
+class QuotaExceeded(TooMany):
+    """You have as many open jobs as you may."""
+
+    slug = "quota-exceeded"
 
 
 class Internal(ForgetdError):

@@ -21,7 +21,7 @@ from services.errors import IdempotencyKeyReused
 from services.tables import IdempotencyRecord
 from services.tenancy import Caller
 
-__all__ = ["Answer", "fingerprint", "once", "purge"]
+__all__ = ["Answer", "answered", "fingerprint", "once", "purge", "repeated"]
 
 KEPT_HOURS = 24.0  # how long a key is honoured
 PENDING = 0  # status of a record whose transaction has not yet made its answer; never seen by another one
@@ -77,6 +77,24 @@ def once(
         .values(status=answer.status, headers=answer.headers, body={"text": answer.body})
     )
     return answer, False
+
+
+def answered(session: Session, caller: Caller, *, route: str, key: str | None) -> bool:
+    """Whether this key has an answer: then the request may be a repeat, whatever a new one would be told now."""
+    if key is None:
+        return False
+    return session.get(IdempotencyRecord, (caller.tenant_id, route, key)) is not None
+
+
+def repeated(session: Session, caller: Caller, *, route: str, key: str | None, content: Any) -> Answer | None:
+    """What this key answered, for a request whose work is done outside the transaction; None: nothing yet.
+
+    Raises:
+        IdempotencyKeyReused: as ``once``.
+    """
+    if key is None or not answered(session, caller, route=route, key=key):
+        return None
+    return _stored(session, {"tenant_id": caller.tenant_id, "route": route, "key": key}, fingerprint(content))
 
 
 def _stored(session: Session, row: dict[str, str], mark: str) -> Answer:

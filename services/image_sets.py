@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -10,12 +11,13 @@ from sqlalchemy.orm import Session
 
 from services import audit, object_keys
 from services.errors import ImageSetErased, ImageSetInUse, NotFound
-from services.mentions import LABELLED_SETS, is_open, mentions
+from services.mentions import LABELLED_SETS, mentions
+from services.statuses import is_open
 from services.storage import ObjectStorage
 from services.tables import ImageSet, Job
 from services.tenancy import Caller
 
-__all__ = ["begin", "complete", "discard", "erasable", "erase", "erase_now", "get", "live", "register"]
+__all__ = ["begin", "complete", "condemn", "discard", "erase", "erase_now", "get", "live", "register"]
 
 
 def register(
@@ -80,14 +82,15 @@ def get(session: Session, tenant_id: str, image_set_id: str) -> ImageSet:
 
 def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -> ImageSet:
     """A set whose images are still there, locked against erasure until the transaction ends."""
-    query = select(ImageSet).where(_owned(tenant_id, image_set_id))
-    row = session.scalar(query.with_for_update(read=True))
-    if row is None:
+    query = select(ImageSet, ImageSet.expires_at <= func.clock_timestamp()).where(_owned(tenant_id, image_set_id))
+    found = session.execute(query.with_for_update(read=True)).one_or_none()
+    if found is None:
         raise NotFound(
             f"There is no image set {image_set_id}. Upload one: POST /image-sets.",
             errors=[{"pointer": pointer, "detail": "unknown image set"}],
         )
-    if row.erased_at is not None:
+    row, expired = found
+    if row.erased_at is not None or expired:
         raise ImageSetErased(
             f"The images of {image_set_id} were erased after use or after a day; upload them again.",
             errors=[{"pointer": pointer, "detail": "erased image set"}],
@@ -95,20 +98,33 @@ def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -
     return row
 
 
-def erasable(session: Session, *, limit: int = 20) -> list[ImageSet]:
-    """Sets whose images must go: past their cap, or photos of the forgotten whose job ended. Locked.
+def condemn(session: Session, *, limit: int = 20, but_not: Collection[str] = ()) -> dict[str, str]:
+    """Sets whose images must go, by id, and why: past their cap, or photos of the forgotten whose job ended.
 
-    A set that an open job still reads stays until that job ends or the cap is reached.
+    A set that an open job still reads stays until that job ends or the cap is reached. What is condemned has expired:
+    once the transaction is committed no job is accepted that reads it, so that ``erase`` needs no lock.
     """
-    unlocked = select(ImageSet).where(ImageSet.erased_at.is_(None), _due())
-    candidates = session.scalars(unlocked.limit(limit).with_for_update(skip_locked=True)).all()
+    unlocked = select(ImageSet.id).where(ImageSet.erased_at.is_(None), _expired() | _used_up())
+    candidates = unlocked.where(ImageSet.id.not_in(but_not)).limit(limit).with_for_update(skip_locked=True)
+    ids = list(session.scalars(candidates))
     # A job may have been accepted between that statement's snapshot and its locks. From here on none can be.
-    due = set(session.scalars(select(ImageSet.id).where(ImageSet.id.in_([row.id for row in candidates]), _due())))
-    return [row for row in candidates if row.id in due]
+    used_up = _used_up()
+    rows = session.execute(select(ImageSet.id, used_up).where(ImageSet.id.in_(ids), _expired() | used_up))
+    due = {name: "job ended" if used else "expired" for name, used in rows}
+    session.execute(
+        update(ImageSet)
+        .where(ImageSet.id.in_(due), ~_expired())
+        .values(expires_at=func.now(), version=ImageSet.version + 1)
+    )
+    return due
 
 
-def _due() -> ColumnElement[bool]:
-    """Whether the images of the enclosing statement's set must go."""
+def _expired() -> ColumnElement[bool]:
+    return ImageSet.expires_at <= func.now()
+
+
+def _used_up() -> ColumnElement[bool]:
+    """Whether a job that ended was to forget whom the enclosing statement's set shows, and no open job reads it."""
     ended = (
         select(Job.id)
         .where(
@@ -119,7 +135,7 @@ def _due() -> ColumnElement[bool]:
         )
         .exists()
     )
-    return or_(ImageSet.expires_at < func.now(), ended & ~_still_read())
+    return ended & ~_still_read()
 
 
 def _still_read() -> ColumnElement[bool]:
@@ -162,13 +178,16 @@ def erase_now(session: Session, storage: ObjectStorage, caller: Caller, image_se
 
 
 def erase(session: Session, storage: ObjectStorage, row: ImageSet, *, why: str, actor: str = "janitor") -> int:
-    """Delete every version of every image, prove it by listing, and record it. Returns the objects deleted."""
+    """Delete every version of every image, prove it by listing, and record it, once. Returns the objects deleted."""
     gone = storage.erase(object_keys.image_set_prefix(row.tenant_id, row.id))
-    session.execute(
+    recorded = session.scalar(
         update(ImageSet)
-        .where(ImageSet.id == row.id)
+        .where(ImageSet.id == row.id, ImageSet.erased_at.is_(None))
         .values(images=[], erased_at=func.clock_timestamp(), version=ImageSet.version + 1)
+        .returning(ImageSet.id)
     )
+    if recorded is None:  # its owner and the janitor at the same time
+        return gone
     audit.record(
         session,
         row.tenant_id,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
-from services import audit, checkpoints, job_checks
-from services.errors import JobEnded, NotFound
+from services import audit, checkpoints, job_checks, quotas, tracing
+from services.conditional_checks import PROMPTED
+from services.counted import note
+from services.errors import InvalidRequest, JobEnded, NotFound
 from services.ids import new_id
 from services.requests import DebiasRequest, ForgetRequest
 from services.tables import Checkpoint, Job, JobEvent
@@ -19,14 +21,25 @@ from services.tenancy import Caller
 __all__ = ["TERMINAL", "cancel", "create", "create_import", "events", "get", "list_page", "version"]
 
 TERMINAL = ("succeeded", "failed", "cancelled")
-QUEUE_OF_FAMILY = dict.fromkeys(job_checks.METHODS_OF_FAMILY, "gpu.flow")
-IMPORT_QUEUE = "cpu.convert"
+# What a worker must be able to do: flows and the VAE fit into any GPU, or none; diffusion models ask for a large one.
+QUEUE_OF_FAMILY = dict.fromkeys(job_checks.METHODS_OF_FAMILY, "gpu.flow") | dict.fromkeys(
+    ("ddpm", *PROMPTED), "gpu.diffusion"
+)
+IMPORT_QUEUE = "cpu"
+LATEST_DEADLINE = timedelta(days=90)
 
 
-def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequest) -> Job:
+def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequest, *, open_jobs: int) -> Job:
     """Accept a job: row, event and audit event in the caller's transaction. No broker is involved.
 
+    Args:
+        session: The transaction.
+        caller: Whose job.
+        request: What is asked.
+        open_jobs: How many jobs a tenant may have that have not ended, where it has no limit of its own.
+
     Raises:
+        QuotaExceeded: The caller has as many.
         NotFound: the checkpoint, an image set or a classifier is not the caller's.
         CheckpointNotReady: it is still validating, or was rejected.
         ImageSetErased: its images are gone.
@@ -43,16 +56,36 @@ def create(session: Session, caller: Caller, request: ForgetRequest | DebiasRequ
         kind="debias" if isinstance(request, DebiasRequest) else "forget",
         queue=QUEUE_OF_FAMILY[manifest["family"]],
         priority=request.priority,
+        deadline_at=_deadline(session, request.deadline),
         checkpoint_id=checkpoint.id,
         request=request.stored(),
         seed=request.seed if request.seed is not None else secrets.randbelow(2**53),
     )
-    _add(session, job, actor=caller.key_id)
+    _add(session, job, actor=caller.key_id, open_jobs=open_jobs)
     return job
 
 
-def create_import(session: Session, checkpoint: Checkpoint, *, actor: str) -> Job:
-    """Queue the validation of an uploaded checkpoint, in the transaction that makes its row."""
+def _deadline(session: Session, asked: datetime | None) -> datetime | None:
+    """The deadline, where it can still be kept by the clock that will judge it, the database's."""
+    if asked is None:
+        return None
+    now = session.execute(select(func.clock_timestamp())).scalar_one()
+    if now < asked <= now + LATEST_DEADLINE:
+        return asked
+    fault = "has passed" if asked <= now else f"is more than {LATEST_DEADLINE.days} days ahead"
+    raise InvalidRequest(
+        f"The deadline {fault}: the service's clock says {now:%Y-%m-%dT%H:%M:%SZ}. Send a later time within "
+        f"{LATEST_DEADLINE.days} days, or leave it out.",
+        errors=[{"pointer": "/deadline", "detail": fault}],
+    )
+
+
+def create_import(session: Session, checkpoint: Checkpoint, *, actor: str, open_jobs: int) -> Job:
+    """Queue the validation of an uploaded checkpoint, in the transaction that makes its row.
+
+    Raises:
+        QuotaExceeded: as ``create``.
+    """
     job = Job(
         id=new_id("job"),
         tenant_id=checkpoint.tenant_id,
@@ -62,15 +95,19 @@ def create_import(session: Session, checkpoint: Checkpoint, *, actor: str) -> Jo
         request={"declared": checkpoint.declared},
         seed=0,
     )
-    _add(session, job, actor=actor)
+    _add(session, job, actor=actor, open_jobs=open_jobs)
     return job
 
 
-def _add(session: Session, job: Job, *, actor: str) -> None:
+def _add(session: Session, job: Job, *, actor: str, open_jobs: int) -> None:
+    # Last before the row, since it locks the tenant until the transaction ends.
+    quotas.admit(session, job.tenant_id, open_jobs=open_jobs)
+    job.traceparent = tracing.current()
     session.add(job)
     session.flush()
     session.execute(insert(JobEvent).values(tenant_id=job.tenant_id, job_id=job.id, type="queued"))
     audit.record(session, job.tenant_id, actor=actor, action=f"job.accepted.{job.kind}", subject=job.id)
+    note(session, "jobs_accepted", kind=job.kind)
     session.refresh(job)
 
 
@@ -112,11 +149,9 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
         NotFound: not the caller's.
         JobEnded: it ended before.
     """
-    job = session.scalar(
-        select(Job).where(Job.tenant_id == caller.tenant_id, Job.id == job_id, Job.kind != "import").with_for_update()
-    )
-    if job is None:
-        raise NotFound(f"There is no job {job_id}.")
+    job = get(session, caller.tenant_id, job_id)
+    if job.status not in TERMINAL:  # an end is final: whoever has that row locked is not waited for
+        session.refresh(job, with_for_update=True)
     if job.status in ("cancelling", "cancelled"):
         return job
     if job.status in TERMINAL:
@@ -125,6 +160,7 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
     event = "cancelled" if job.status == "queued" else "cancel_requested"
     if event == "cancelled":
         change |= {"status": "cancelled", "finished_at": func.clock_timestamp()}
+        note(session, "jobs_ended", kind=job.kind, status="cancelled", reason="")
     else:
         change |= {"status": "cancelling"}
     session.execute(update(Job).where(Job.id == job_id).values(**change))

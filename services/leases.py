@@ -1,4 +1,4 @@
-"""The job protocol as SQL: every statement that moves a job's lease, named after its question.
+"""The job protocol as SQL: every statement of the attempt that holds a job's lease, named after its question.
 
 All times are the database's (``clock_timestamp()``), so that no host's clock matters. A statement that acts for an
 attempt carries its fencing token and changes nothing once the token is stale: that is what makes a lost lease harmless.
@@ -10,39 +10,43 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from services import audit, checkpoints
-from services.tables import FENCING_TOKENS, Job, JobEvent, WorkerSlot
+from services import audit, checkpoints, quotas
+from services.counted import note
+from services.tables import FENCING_TOKENS, Job, JobEvent
 
 __all__ = [
+    "DEADLINE_EXCEEDED",
     "Claim",
     "Standing",
     "adopt",
     "cancelled",
     "claim",
-    "dispatchable",
-    "expired_leases",
+    "expire",
     "fail",
-    "lose",
+    "fenced",
     "publish",
-    "reap",
     "record_progress",
     "record_state",
     "release",
     "renew",
-    "retire_worker",
+    "requeue",
     "retry_smaller",
-    "see_worker",
-    "stamp_dispatched",
     "standing",
 ]
 
 HELD = ("running", "cancelling")
-WORKER_SILENT_SECONDS = 15
-MAX_BACKOFF_SECONDS = 60
+OUTCOMES = {"attempt_lost": "lost", "lease_expired": "expired"}  # of attempts, where it is not their event's name
+DEADLINE_EXCEEDED: dict[str, Any] = {
+    "reason": "deadline_exceeded",
+    "problem": {
+        "type": "urn:forgetd:problem:deadline-exceeded",
+        "title": "The job did not succeed by its deadline",
+        "detail": "It was given up and published nothing. Send it again with a later deadline, or without one.",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,28 @@ class Claim:
     seed: int
     resume: dict[str, Any] | None
     out_of_memory_losses: int
+    queue: str = ""
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, row: Job) -> Claim:
+        """Of a row whose lease is held."""
+        if row.fencing_token is None:
+            raise RuntimeError(f"{row.id} is held without a fencing token")
+        return cls(
+            job_id=row.id,
+            tenant_id=row.tenant_id,
+            kind=row.kind,
+            token=row.fencing_token,
+            attempt=row.attempt,
+            checkpoint_id=row.checkpoint_id,
+            request=row.request,
+            seed=row.seed,
+            resume=row.resume,
+            out_of_memory_losses=row.out_of_memory_losses,
+            queue=row.queue,
+            traceparent=row.traceparent,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,79 +100,35 @@ def _clock() -> ColumnElement[Any]:
     return func.clock_timestamp()
 
 
-def _fenced(job_id: str, token: int, statuses: tuple[str, ...] = HELD) -> ColumnElement[bool]:
+def fenced(job_id: str, token: int, statuses: tuple[str, ...] = HELD) -> ColumnElement[bool]:
+    """Whether this is the job, and its lease is still the token's."""
     return and_(Job.id == job_id, Job.fencing_token == token, Job.status.in_(statuses))
+
+
+def _in_time() -> ColumnElement[bool]:
+    return or_(Job.deadline_at.is_(None), Job.deadline_at > _clock())
 
 
 def _event(session: Session, tenant_id: str, job_id: str, type: str, data: dict[str, Any]) -> None:
     session.execute(insert(JobEvent).values(tenant_id=tenant_id, job_id=job_id, type=type, data=data))
 
 
-# Dispatch: the row is the outbox.
-
-
-def dispatchable(session: Session, *, ring_seconds: float) -> list[tuple[str, str]]:
-    """Queued jobs whose doorbell should ring now, as (id, queue), locked until the transaction ends.
-
-    Only as many as live workers have free slots, best first, so that order stays in SQL and not in the broker.
-    """
-    rung = Job.dispatched_at > _clock() - timedelta(seconds=ring_seconds)
-    due = or_(Job.not_before.is_(None), Job.not_before <= _clock())
-    live = WorkerSlot.seen_at > _clock() - timedelta(seconds=WORKER_SILENT_SECONDS)
-    slots = session.execute(select(WorkerSlot.queue, func.sum(WorkerSlot.slots)).where(live).group_by(WorkerSlot.queue))
-    rows: list[tuple[str, str]] = []
-    for queue, total in slots.all():
-        listening = select(WorkerSlot.id).where(live, WorkerSlot.queue == queue)
-        # A lease of a dead worker takes no slot of a living one; a living one's lease does, whatever its queue.
-        busy = and_(Job.lease_until.is_not(None), Job.worker.in_(listening))
-        ringing = and_(Job.status == "queued", Job.queue == queue, rung)
-        taken = session.scalar(select(func.count()).select_from(Job).where(or_(busy, ringing)))
-        free = int(total) - int(taken or 0)
-        if free <= 0:
-            continue
-        best = session.execute(
-            select(Job.id, Job.queue)
-            .where(Job.status == "queued", Job.queue == queue)
-            .where(or_(Job.dispatched_at.is_(None), ~rung), due)
-            .order_by(Job.priority.desc(), Job.id)
-            .limit(free)
-            .with_for_update(skip_locked=True)
-        )
-        rows += [(row.id, row.queue) for row in best]
-    return rows
-
-
-def stamp_dispatched(session: Session, job_ids: list[str]) -> None:
-    """Remember that these doorbells were rung."""
-    session.execute(update(Job).where(Job.id.in_(job_ids)).values(dispatched_at=_clock()))
-
-
-def see_worker(session: Session, worker: str, queues: list[str], slots: int) -> None:
-    """A worker says that it lives and how many jobs it can hold at once."""
-    for queue in queues:
-        row = upsert(WorkerSlot).values(id=worker, queue=queue, slots=slots, seen_at=_clock())
-        session.execute(
-            row.on_conflict_do_update(index_elements=["id", "queue"], set_={"slots": slots, "seen_at": _clock()})
-        )
-
-
-def retire_worker(session: Session, worker: str) -> None:
-    """A worker says that it will take nothing more; long-silent rows go with it."""
-    silent = WorkerSlot.seen_at < _clock() - timedelta(hours=1)
-    session.execute(delete(WorkerSlot).where(or_(WorkerSlot.id == worker, silent)))
-
-
 # The lease.
 
 
-def claim(session: Session, job_id: str, *, worker: str, ttl_seconds: float) -> Claim | None:
+def claim(
+    session: Session, job_id: str, *, worker: str, ttl_seconds: float, running_jobs: int | None = None
+) -> Claim | None:
     """Take a queued job: lease, attempt + 1, fresh fencing token, in one conditional UPDATE.
 
-    None when the job is not queued: the doorbell was a duplicate, or came after a cancel.
+    None when the job is not queued or its deadline has passed (the doorbell was a duplicate, or came late), or when its
+    tenant has as many at work as it may; ``running_jobs`` is the limit of a tenant that has none of its own.
     """
+    if not quotas.may_run(session, job_id, running_jobs=running_jobs):
+        return None
     row = session.execute(
         update(Job)
-        .where(Job.id == job_id, Job.status == "queued")
+        .where(Job.id == job_id, Job.status == "queued", _in_time())
         .values(
             status="running",
             phase="validating",
@@ -164,7 +146,8 @@ def claim(session: Session, job_id: str, *, worker: str, ttl_seconds: float) -> 
     _event(
         session, row.tenant_id, job_id, "attempt_started", {"attempt": row.attempt, "resumed": row.resume is not None}
     )
-    return _as_claim(row)
+    note(session, "attempts", queue=row.queue)
+    return Claim.of(row)
 
 
 def adopt(session: Session, job_id: str, *, worker: str) -> Claim | None:
@@ -173,7 +156,10 @@ def adopt(session: Session, job_id: str, *, worker: str) -> Claim | None:
     The caller must know that no attempt of its own is at work on the job.
     """
     row = session.scalar(select(Job).where(Job.id == job_id, Job.worker == worker, Job.status.in_(HELD)))
-    return None if row is None else _as_claim(row)
+    if row is None:
+        return None
+    note(session, "attempts", queue=row.queue)  # not counted before: a COMMIT without a reply counts nothing
+    return Claim.of(row)
 
 
 def standing(session: Session, job_id: str) -> Standing | None:
@@ -184,41 +170,26 @@ def standing(session: Session, job_id: str) -> Standing | None:
     return None if row is None else Standing(row.status, row.fencing_token, row.published_prefix)
 
 
-def _as_claim(row: Job) -> Claim:
-    if row.fencing_token is None:
-        raise RuntimeError(f"{row.id} is held without a fencing token")
-    return Claim(
-        job_id=row.id,
-        tenant_id=row.tenant_id,
-        kind=row.kind,
-        token=row.fencing_token,
-        attempt=row.attempt,
-        checkpoint_id=row.checkpoint_id,
-        request=row.request,
-        seed=row.seed,
-        resume=row.resume,
-        out_of_memory_losses=row.out_of_memory_losses,
-    )
-
-
-def renew(session: Session, job_id: str, token: int, *, ttl_seconds: float) -> Literal["held", "cancel", "lost"]:
-    """Extend the lease and learn in the same statement whether the caller asked to cancel."""
-    status = session.execute(
+def renew(
+    session: Session, job_id: str, token: int, *, ttl_seconds: float
+) -> Literal["held", "cancel", "expired", "lost"]:
+    """Extend the lease and learn in the same statement whether the caller cancelled or the deadline has passed."""
+    row = session.execute(
         update(Job)
-        .where(_fenced(job_id, token))
+        .where(fenced(job_id, token))
         .values(lease_until=_clock() + timedelta(seconds=ttl_seconds))
-        .returning(Job.status)
-    ).scalar_one_or_none()
-    if status is None:
+        .returning(Job.status, _in_time().label("in_time"))
+    ).one_or_none()
+    if row is None:
         return "lost"
-    return "cancel" if status == "cancelling" else "held"
+    if row.status == "cancelling":
+        return "cancel"
+    return "held" if row.in_time else "expired"
 
 
 def record_progress(session: Session, claim: Claim, *, phase: str, progress: dict[str, Any] | None) -> bool:
     """Show where the attempt is. False: the lease is lost."""
-    before = session.execute(
-        select(Job.phase).where(_fenced(claim.job_id, claim.token)).with_for_update()
-    ).one_or_none()
+    before = session.execute(select(Job.phase).where(fenced(claim.job_id, claim.token)).with_for_update()).one_or_none()
     if before is None:
         return False
     session.execute(
@@ -232,7 +203,7 @@ def record_progress(session: Session, claim: Claim, *, phase: str, progress: dic
 def record_state(session: Session, claim: Claim, resume: dict[str, Any]) -> bool:
     """Name the newest state in the store: the next attempt starts there. False: the lease is lost."""
     done = session.execute(
-        update(Job).where(_fenced(claim.job_id, claim.token)).values(resume=resume).returning(Job.id)
+        update(Job).where(fenced(claim.job_id, claim.token)).values(resume=resume).returning(Job.id)
     ).scalar_one_or_none()
     if done is not None:
         _event(session, claim.tenant_id, claim.job_id, "state_saved", {"step": resume["step"]})
@@ -243,19 +214,29 @@ def record_state(session: Session, claim: Claim, resume: dict[str, Any]) -> bool
 
 
 def _end(
-    session: Session, claim: Claim, event: str, *, statuses: tuple[str, ...] = HELD, data: dict[str, Any], **values: Any
+    session: Session,
+    claim: Claim,
+    event: str,
+    *,
+    statuses: tuple[str, ...] = HELD,
+    when: ColumnElement[bool] | None = None,
+    data: dict[str, Any],
+    **values: Any,
 ) -> bool:
     """One fenced UPDATE that gives the lease up, with its event; terminal when the values say so."""
     row = session.execute(
         update(Job)
-        .where(_fenced(claim.job_id, claim.token, statuses))
+        .where(fenced(claim.job_id, claim.token, statuses), true() if when is None else when)
         .values(lease_until=None, worker=None, phase=None, version=Job.version + 1, **values)
         .returning(Job.id)
     ).scalar_one_or_none()
     if row is None:
         return False
     _event(session, claim.tenant_id, claim.job_id, event, data)
+    reason = values.get("reason") or ""
+    note(session, "attempts_ended", outcome="lost" if reason == "attempts_exhausted" else OUTCOMES.get(event, event))
     if "finished_at" in values:
+        note(session, "jobs_ended", kind=claim.kind, status=values["status"], reason=reason)
         audit.record(session, claim.tenant_id, actor="worker", action=f"job.{event}", subject=claim.job_id, data=data)
     return True
 
@@ -265,16 +246,19 @@ def publish(
 ) -> bool:
     """Succeed and name the attempt's artifacts: the one publication of a job.
 
-    False when the token is stale, or a cancel came first: then nothing was published and nothing may be.
+    False when the token is stale, a cancel came first or the deadline has passed: then nothing was published and
+    nothing may be.
     """
     done = _end(
         session,
         claim,
         "succeeded",
         statuses=("running",),
+        when=_in_time(),
         data={"attempt": claim.attempt},
         status="succeeded",
-        finished_at=_clock(),
+        # The least of both (NULL does not count): the clock goes on between the condition and here.
+        finished_at=func.least(_clock(), Job.deadline_at),
         published_prefix=prefix,
         artifacts=artifacts,
         summary=summary,
@@ -303,13 +287,14 @@ def fail(
 ) -> bool:
     """Fail for good; with ``criteria_not_met`` the report is published and the weights are not.
 
-    False when the token is stale, or a cancel came first.
+    False when the token is stale or a cancel came first; with something to publish, also when the deadline has passed.
     """
     done = _end(
         session,
         claim,
         "failed",
         statuses=("running",),
+        when=None if prefix is None else _in_time(),
         data={"attempt": claim.attempt, "reason": reason},
         status="failed",
         finished_at=_clock(),
@@ -324,6 +309,24 @@ def fail(
     return done
 
 
+def expire(session: Session, claim: Claim) -> bool:
+    """Fail because the deadline has passed; nothing is published.
+
+    False when the token is stale, a cancel came first, or there is time left.
+    """
+    return _end(
+        session,
+        claim,
+        "failed",
+        statuses=("running",),
+        when=~_in_time(),
+        data={"attempt": claim.attempt, "reason": DEADLINE_EXCEEDED["reason"]},
+        status="failed",
+        finished_at=_clock(),
+        **DEADLINE_EXCEEDED,
+    )
+
+
 def cancelled(session: Session, claim: Claim) -> bool:
     """The attempt ended because the caller cancelled."""
     return _end(
@@ -331,97 +334,29 @@ def cancelled(session: Session, claim: Claim) -> bool:
     )
 
 
-def release(session: Session, claim: Claim) -> bool:
-    """A drain: back to the queue, and the attempt is not consumed."""
+def requeue(session: Session, claim: Claim, event: str, *, data: dict[str, Any], **values: Any) -> bool:
+    """Back to the queue, to be rung for at once unless ``not_before`` says when.
+
+    False when the token is stale, or a cancel came first.
+    """
     return _end(
         session,
         claim,
-        "drained",
+        event,
         statuses=("running",),
-        data={"attempt": claim.attempt},
+        data={"attempt": claim.attempt, **data},
         status="queued",
-        attempt=Job.attempt - 1,
         dispatched_at=None,
-        not_before=None,
+        **values,
     )
+
+
+def release(session: Session, claim: Claim) -> bool:
+    """A drain: back to the queue, and the attempt is not consumed."""
+    return requeue(session, claim, "drained", data={}, attempt=Job.attempt - 1, not_before=None)
 
 
 def retry_smaller(session: Session, claim: Claim) -> bool:
     """The runner ran out of memory: back to the queue, the next attempt at half the micro-batch."""
-    return _end(
-        session,
-        claim,
-        "out_of_memory",
-        statuses=("running",),
-        data={"attempt": claim.attempt},
-        status="queued",
-        out_of_memory_losses=Job.out_of_memory_losses + 1,
-        dispatched_at=None,
-    )
-
-
-def lose(session: Session, claim: Claim, *, why: str, budget: int) -> str | None:
-    """The runner died without a word: back to the queue within the budget, sooner than the reaper would.
-
-    Returns the new status (queued, failed, cancelled), or None when the token is stale.
-    """
-    row = session.scalar(select(Job).where(_fenced(claim.job_id, claim.token)).with_for_update())
-    if row is None:
-        return None
-    losses = row.infrastructure_losses + 1
-    # At once the first time; a runner that keeps dying must not burn its budget in a second.
-    backoff = min(2.0 ** (losses - 1), MAX_BACKOFF_SECONDS) if losses > 1 else 0.0
-    return _give_back(session, row, "attempt_lost", {"why": why}, budget=budget, backoff_seconds=backoff)
-
-
-# The reaper.
-
-
-def expired_leases(session: Session, *, limit: int = 100) -> list[Job]:
-    """Held jobs whose holder has been silent past its lease, locked until the transaction ends."""
-    return list(
-        session.scalars(
-            select(Job)
-            .where(Job.lease_until < _clock())
-            .order_by(Job.lease_until)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-    )
-
-
-def reap(session: Session, job: Job, *, budget: int) -> str:
-    """Take an expired lease back: to the queue within the budget, else to its end. Returns the new status."""
-    return _give_back(session, job, "lease_expired", {}, budget=budget, backoff_seconds=0.0)
-
-
-def _give_back(
-    session: Session, job: Job, event: str, data: dict[str, Any], *, budget: int, backoff_seconds: float
-) -> str:
-    """End a lost attempt of a locked row."""
-    held = _as_claim(job)
-    if job.status == "cancelling":
-        cancelled(session, held)
-        return "cancelled"
-    losses = job.infrastructure_losses + 1
-    if losses > budget:
-        problem = {
-            "type": "urn:forgetd:problem:attempts-exhausted",
-            "title": "The job lost its worker too often",
-            "detail": (
-                f"{losses} attempts ended without a result, more than the budget of {budget}. Nothing was published."
-            ),
-        }
-        fail(session, held, reason="attempts_exhausted", problem=problem)
-        return "failed"
-    _end(
-        session,
-        held,
-        event,
-        data={"attempt": job.attempt, "losses": losses, **data},
-        status="queued",
-        infrastructure_losses=losses,
-        dispatched_at=None,
-        not_before=_clock() + timedelta(seconds=backoff_seconds) if backoff_seconds else None,
-    )
-    return "queued"
+    losses = Job.out_of_memory_losses + 1
+    return requeue(session, claim, "out_of_memory", data={}, out_of_memory_losses=losses)

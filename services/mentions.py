@@ -8,17 +8,12 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from services.tables import Job
 
-__all__ = ["CLASSIFIERS", "LABELLED_SETS", "is_open", "mentions"]
+__all__ = ["CLASSIFIERS", "LABELLED_SETS", "mentions"]
 
 # Places in a request, as jsonpath; ``$id`` is what is looked for.
 _JUDGES = ("$.target.attributes[*]", "$.attribute", "$.judge")
 CLASSIFIERS = tuple(f"{judge}.classifier ? (@ == $id)" for judge in _JUDGES)
 LABELLED_SETS = tuple(f"{holder}.sets.* ? (@ == $id)" for holder in (*_JUDGES, "$.remember"))
-
-
-def is_open() -> ColumnElement[bool]:
-    """Whether a job has not ended, as two small indexes have it."""
-    return or_(Job.status == "queued", Job.lease_until.is_not(None))
 
 
 def mentions(places: tuple[str, ...], name: InstrumentedAttribute[str] | str) -> ColumnElement[bool]:

@@ -8,16 +8,19 @@ __all__ = [
     "attempt_prefix",
     "checkpoint_prefix",
     "checkpoint_source",
+    "checkpoints_prefix",
     "classifier",
     "classifier_prefix",
     "image",
     "image_set_prefix",
+    "is_source",
     "job_prefix",
+    "own",
+    "own_prefix",
     "state",
     "states_prefix",
     "tenant_prefix",
-    "work",
-    "work_prefix",
+    "upload_record",
 ]
 
 
@@ -25,13 +28,27 @@ def tenant_prefix(tenant_id: str) -> str:
     return f"tenants/{tenant_id}/"
 
 
+def checkpoints_prefix(tenant_id: str) -> str:
+    return f"{tenant_prefix(tenant_id)}checkpoints/"
+
+
 def checkpoint_prefix(tenant_id: str, checkpoint_id: str) -> str:
-    return f"{tenant_prefix(tenant_id)}checkpoints/{checkpoint_id}/"
+    return f"{checkpoints_prefix(tenant_id)}{checkpoint_id}/"
 
 
 def checkpoint_source(tenant_id: str, checkpoint_id: str) -> str:
     """The file as uploaded; deleted once it has been converted."""
     return f"{checkpoint_prefix(tenant_id, checkpoint_id)}source"
+
+
+def is_source(key: str) -> bool:
+    """Whether ``checkpoint_source`` built this key, of those under ``checkpoints_prefix``."""
+    return key.endswith("/source")
+
+
+def upload_record(tenant_id: str, checkpoint_id: str) -> str:
+    """What is known of an upload in parts; its key begins as the source's, so that it goes with that."""
+    return f"{checkpoint_source(tenant_id, checkpoint_id)}.upload"
 
 
 def assets_prefix(tenant_id: str, checkpoint_id: str) -> str:
@@ -80,11 +97,11 @@ def state(tenant_id: str, job_id: str, token: int, step: int) -> str:
     return f"{states_prefix(tenant_id, job_id)}{token}/{step:08d}.safetensors"
 
 
-def work_prefix(tenant_id: str, job_id: str) -> str:
+def own_prefix(tenant_id: str, job_id: str) -> str:
     """What a job works out before it trains, for its next attempt; among its states, it goes with them."""
-    return f"{states_prefix(tenant_id, job_id)}work/"
+    return f"{states_prefix(tenant_id, job_id)}own/"
 
 
-def work(tenant_id: str, job_id: str, name: str) -> str:
+def own(tenant_id: str, job_id: str, name: str) -> str:
     """One of these, the newest of its name; the runner names it, in the form that the supervisor lets pass."""
-    return f"{work_prefix(tenant_id, job_id)}{name}.safetensors"
+    return f"{own_prefix(tenant_id, job_id)}{name}.safetensors"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from services.ids import ID_PATTERNS
 
@@ -16,6 +18,7 @@ __all__ = [
     "ClassName",
     "ClassifierId",
     "ConceptName",
+    "Deadline",
     "ImageSetId",
     "Part",
     "escaped",
@@ -42,6 +45,26 @@ def _words(value: str) -> str:
 ConceptName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_words)]
 Aliases = Annotated[
     list[ConceptName], Field(min_length=1, max_length=50, description="other names of the concept; none of what stays")
+]
+
+
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+
+
+def _moment(value: Any) -> Any:
+    """Refuse what pydantic would take for a time besides: numbers, dates, and times that are everybody's own."""
+    if isinstance(value, datetime) or (isinstance(value, str) and RFC_3339.fullmatch(value)):
+        return value
+    raise ValueError("a deadline is a time with its offset, as in RFC 3339: 2026-12-31T18:00:00Z")
+
+
+Deadline = Annotated[
+    AwareDatetime,
+    BeforeValidator(_moment),
+    Field(
+        description="by when the job must have succeeded, else it fails and publishes nothing; 90 days ahead at most",
+        examples=["2026-12-31T18:00:00Z"],
+    ),
 ]
 
 

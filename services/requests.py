@@ -22,7 +22,7 @@ from services.method_options import (
     decided_options,
     options_of,
 )
-from services.request_names import CheckpointId, ClassName, Part
+from services.request_names import CheckpointId, ClassName, Deadline, Part
 from services.request_parts import (
     Attribute,
     Criteria,
@@ -89,7 +89,8 @@ class JobRequest(Part, ABC):
     criteria: Criteria = Criteria()
     evaluation: SampleEvaluation = SampleEvaluation()
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = Field(None, description="unset: drawn, and reported")
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Annotated[int, Field(ge=-100, le=100, description="higher first, among your own jobs alone")] = 0
+    deadline: Deadline | None = None
     metadata: dict[str, Any] = Field(default_factory=dict, description="yours; returned as sent, never interpreted")
 
     AMNESIA_TAKES: ClassVar[str]  # in words, what of such a body selective-amnesia can do

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.errors import NotFound, ResultNotAvailable, ResultWithheld
+from services.lookups import JobView
 from services.tables import Job
 
 __all__ = ["REPORT_HTML", "REPORT_JSON", "TAMED", "artifact", "is_weights", "key", "published", "weights"]
@@ -20,12 +21,12 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHTS)
 
 
-def weights_released(job: Job) -> bool:
+def weights_released(job: Job | JobView) -> bool:
     """Whether the weights may leave: the criteria were met, or the job said that they may anyway."""
     return job.status == "succeeded" or job.request.get("criteria", {}).get("release_weights") == "always"
 
 
-def published(job: Job) -> list[dict[str, Any]]:
+def published(job: Job | JobView) -> list[dict[str, Any]]:
     """The artifacts of a job that its owner may have: ``[{name, media_type, bytes, sha256}]``, empty before its end."""
     return [item for item in job.artifacts or [] if not is_weights(item["name"]) or weights_released(job)]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.logs import Level, Style
 
 __all__ = ["Settings", "get_settings"]
 
@@ -17,7 +19,8 @@ GIB = 2**30
 class Settings(BaseSettings):
     """Settings with their units in the names. The three URLs decide where the service lives; the rest has defaults."""
 
-    model_config = SettingsConfigDict(env_prefix="FORGETD_", extra="ignore")
+    # Built where it is first read: importing the gateway reads none.
+    model_config = SettingsConfigDict(env_prefix="FORGETD_", extra="ignore", defer_build=True)
 
     # Where things are.
     database_url: SecretStr = Field(description="postgresql+psycopg://user:password@host:port/database")
@@ -39,8 +42,13 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(default=10.0, gt=0, description="SIGTERM to SIGKILL of a cancelled runner")
     drain_grace_seconds: float = Field(default=45.0, gt=0, description="SIGTERM to SIGKILL of a draining runner")
     runner_silence_seconds: float = Field(default=3600.0, gt=0, description="a runner that says nothing is killed")
+    stall_seconds: float = Field(
+        default=900.0, gt=0, description="a worker that waits this long for a call that does not return ends itself"
+    )
     infrastructure_budget: int = Field(default=5, ge=0, description="lost attempts before a job fails")
     out_of_memory_budget: int = Field(default=2, ge=0, description="retries at half the micro-batch each")
+    tenant_running_jobs: int | None = Field(default=None, ge=1, description="of a tenant at once, on all workers")
+    tenant_open_jobs: int = Field(default=1000, ge=1, description="of a tenant that have not ended, imports included")
     gpus_per_job: int = Field(default=1, ge=1, le=64, description="that Selective Amnesia may train on at once")
     import_memory_bytes: int = Field(default=8 * GIB, gt=0, description="address space of the converter, over its base")
     import_cpu_seconds: int = Field(default=900, gt=0)
@@ -55,6 +63,17 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(default=1 * MIB, gt=0)
     presign_seconds: int = Field(default=900, gt=0, le=3600)
     image_set_hours: float = Field(default=24.0, gt=0, le=24.0, description="hard cap on the life of uploaded images")
+
+    # What the processes tell their operator.
+    metrics_token: SecretStr | None = Field(default=None, description="what GET /metrics asks for; unset: nothing")
+    log_format: Style = "line"
+    log_level: Level = "INFO"
+    otlp_endpoint: str | None = Field(default=None, description="http://collector:4318; unset: no traces")
+
+    @field_validator("metrics_token", "otlp_endpoint", mode="before")
+    @classmethod
+    def _nothing_is_unset(cls, value: object) -> object:
+        return None if value == "" else value  # as compose files hand on what is not set
 
     @model_validator(mode="after")
     def _lease_outlives_the_grace_of_renewal(self) -> Settings:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,33 +13,28 @@ from typing import TYPE_CHECKING, Any
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.handlers import add_expect_header
 from s3transfer.futures import TransferFuture  # boto3's own transfers, which its client starts but cannot stop
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
+from services.counted import Counted
+from services.multipart import Multipart, whole
 from services.settings import Settings
+from services.streamed_upload import PART_BYTES, StoredObject, Upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-__all__ = ["ObjectStorage", "StoredObject", "Upload", "file_sha256"]
+__all__ = ["ObjectStorage", "Stopped", "StoredObject", "Upload", "file_sha256"]
 
-PART_BYTES = 8 * 2**20  # 10,000 parts at most: 80 GiB
 READ_BYTES = 2**20
 PARALLEL_FROM_BYTES = 64 * 2**20
 DELETE_AT_ONCE = 1000  # the protocol's most
 CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict")
+SLOW_DOWN = 429
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """What was written: size in bytes and SHA-256 of the whole (an S3 ETag is not a hash)."""
-
-    key: str
-    bytes: int
-    sha256: str
 
 
 def file_sha256(path: Path) -> str:
@@ -49,19 +43,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class ObjectStorage:
-    """Reads, writes, lists and erases objects. Errors are botocore's; a missing key is ``KeyError``."""
+class Stopped(Exception):
+    """Who asked for a transfer does not want it any more."""
 
-    def __init__(self, settings: Settings) -> None:
+
+def _always() -> bool:
+    return True
+
+
+class ObjectStorage:
+    """Reads, writes, lists and erases objects. Errors are botocore's; a missing key is ``KeyError``.
+
+    Args:
+        settings: where the store is.
+        counted: told of every try that the store failed.
+    """
+
+    def __init__(self, settings: Settings, *, counted: Counted | None = None) -> None:
         self.bucket = settings.s3_bucket
+        self.moved_at = time.monotonic()  # when bytes or an answer last went either way: who hangs, stands still
         self._settings = settings
         self._client = self._connect(settings.s3_endpoint_url)
+        if counted is not None:
+            self._client.meta.events.register("response-received.s3", _Faults(counted))
         public = settings.s3_public_endpoint_url
         self._presigner = self._connect(public) if public else self._client
+        self.multipart = Multipart(self._client, self._presigner, self.bucket, seconds=settings.presign_seconds)
 
     def _connect(self, endpoint_url: str | None) -> S3Client:
         settings = self._settings
-        return boto3.client(
+        client: S3Client = boto3.client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=settings.s3_region,
@@ -76,6 +87,13 @@ class ObjectStorage:
                 max_pool_connections=20,
             ),
         )
+        # Of a store that breaks off in the middle of its "100 Continue", botocore would wait for the rest for ever.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        client.meta.events.register("response-received.s3", self._moved)
+        return client
+
+    def _moved(self, *_: object, **__: object) -> None:
+        self.moved_at = time.monotonic()
 
     def ping(self) -> None:
         """Raise unless the bucket answers."""
@@ -94,32 +112,31 @@ class ObjectStorage:
             raise
         return StoredObject(key, len(body), hashlib.sha256(body).hexdigest())
 
-    def put_file(self, key: str, path: Path, *, media_type: str = "application/octet-stream") -> StoredObject:
-        """Write a file of any size together with its SHA-256 (see ``fetch``), in the place of what is there."""
-        sha256 = file_sha256(path)
-        facts = {"ContentType": media_type, "Metadata": {"sha256": sha256}}
-        self._client.upload_file(str(path), self.bucket, key, ExtraArgs=facts)
-        return StoredObject(key, path.stat().st_size, sha256)
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        media_type: str = "application/octet-stream",
+        going_on: Callable[[], bool] = _always,
+    ) -> StoredObject:
+        """Write a file of any size together with its SHA-256 (see ``fetch``), in the place of what is there.
 
-    def put_file_while(self, key: str, path: Path, going_on: Callable[[], bool]) -> StoredObject | None:
-        """As ``put_file``, but given up once ``going_on`` says no: then nothing is written, and None is given.
+        ``going_on`` is asked at the start, and all along a file of more than one part, from other threads.
 
-        It is asked at the start, and all along a file of more than one part, from other threads.
+        Raises:
+            Stopped: it said no; nothing was written.
         """
         size, sha256 = path.stat().st_size, file_sha256(path)
         if not going_on():
-            return None
-        facts: dict[str, Any] = {"ContentType": "application/octet-stream", "Metadata": {"sha256": sha256}}
+            raise Stopped(key)
+        facts: dict[str, Any] = {"ContentType": media_type, "Metadata": {"sha256": sha256}}
         if size < PART_BYTES:  # in one go: what is on its way can no longer be held back
             self._client.put_object(Bucket=self.bucket, Key=key, Body=path.read_bytes(), **facts)
             return StoredObject(key, size, sha256)
         parts = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
         with TransferManager(self._client, parts) as manager:
-            sent = manager.upload(str(path), self.bucket, key, facts, [_Asking(going_on)])
-            try:
-                sent.result()
-            except CancelledError:
-                return None
+            _result(manager.upload(str(path), self.bucket, key, facts, [_Asking(going_on, self._moved)]), key)
         return StoredObject(key, size, sha256)
 
     def put_file_once(self, key: str, path: Path, between: Callable[[], object] = lambda: None) -> StoredObject:
@@ -161,7 +178,7 @@ class ObjectStorage:
     def stream(self, key: str) -> Iterator[bytes]:
         """An object in pieces of at most 1 MiB."""
         try:
-            body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
+            body = whole(self._client.get_object(Bucket=self.bucket, Key=key))["Body"]
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 raise KeyError(key) from error
@@ -169,24 +186,44 @@ class ObjectStorage:
         with body:
             yield from body.iter_chunks(READ_BYTES)
 
-    def fetch(self, key: str, path: Path) -> str | None:
-        """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file`` and its kin)."""
+    def fetch(self, key: str, path: Path, *, going_on: Callable[[], bool] = _always) -> str | None:
+        """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file`` and its kin).
+
+        Raises:
+            KeyError: there is none.
+            Stopped: ``going_on``, which is asked all along, said no.
+        """
         try:
-            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            answer = whole(self._client.get_object(Bucket=self.bucket, Key=key))
             written: str | None = answer["Metadata"].get("sha256")
-            with answer["Body"] as body:
-                if (
-                    answer["ContentLength"] <= PARALLEL_FROM_BYTES
-                ):  # one request; a transfer asks twice and starts threads
+            body = answer["Body"]  # as a context manager it would give the stream below it, which counts no bytes
+            with body:
+                # One request up to here; a transfer asks twice and starts threads.
+                if answer["ContentLength"] <= PARALLEL_FROM_BYTES:
                     with path.open("wb") as file:
-                        shutil.copyfileobj(body, file, READ_BYTES)
+                        for chunk in body.iter_chunks(READ_BYTES):
+                            if not going_on():
+                                raise Stopped(key)
+                            self._moved()
+                            file.write(chunk)
                     return written
-            self._client.download_file(self.bucket, key, str(path))
+            with TransferManager(self._client, TransferConfig()) as manager:
+                _result(manager.download(self.bucket, key, str(path), None, [_Asking(going_on, self._moved)]), key)
             return written
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 raise KeyError(key) from error
             raise
+
+    def size(self, key: str) -> int:
+        """Bytes of an object; a missing one is ``KeyError``."""
+        try:
+            length: int = whole(self._client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+                raise KeyError(key) from error
+            raise
+        return length
 
     def presigned_get(self, key: str, *, filename: str, media_type: str) -> str:
         """A URL that gives this one object to whoever holds it, for the settings' ``presign_seconds``."""
@@ -251,91 +288,46 @@ class ObjectStorage:
         return len(objects)
 
     def abort_unfinished(self, prefix: str, *, older_than: timedelta) -> int:
-        """Abort the multipart uploads under a prefix that were begun longer ago than this. Returns how many."""
-        gone = 0
-        limit = datetime.now(UTC) - older_than
-        for listing in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix):
-            for part in listing.get("Uploads", []):
-                if part["Initiated"] < limit:
-                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=part["Key"], UploadId=part["UploadId"])
-                    gone += 1
-        return gone
+        """Abort the multipart uploads under a prefix that were begun longer ago than this. Returns how many.
+
+        Raises:
+            RuntimeError: the store refused some; all others are aborted.
+        """
+        return self.multipart.abort_begun_before(datetime.now(UTC) - older_than, prefix)
+
+
+class _Faults:
+    """Counts the tries of a client that failed: no answer, a fault of the store's own, or too much asked of it."""
+
+    def __init__(self, counted: Counted) -> None:
+        self._counted = counted
+
+    def __call__(
+        self, *, event_name: str, response_dict: dict[str, Any] | None, exception: Exception | None, **_: Any
+    ) -> None:
+        status = (response_dict or {}).get("status_code", 0)
+        if exception is None and status < 500 and status != SLOW_DOWN:
+            return
+        error = type(exception).__name__ if exception is not None else f"HTTP {status}"
+        self._counted.count("store_errors", operation=event_name.rpartition(".")[2], error=error)
 
 
 class _Asking(BaseSubscriber):
-    """Stops a transfer in parts once its owner does not want it any more; the store then drops the parts."""
+    """Stops a transfer once its owner does not want it any more; of an upload in parts the store then drops them."""
 
-    def __init__(self, going_on: Callable[[], bool]) -> None:
-        self._going_on = going_on
+    def __init__(self, going_on: Callable[[], bool], moved: Callable[[], None]) -> None:
+        self._going_on, self._moved = going_on, moved
 
     def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
-        """Called as bytes leave, before the last part is through."""
+        """Called as bytes pass, before the last part is through."""
         del bytes_transferred
+        self._moved()
         if not self._going_on():
             future.cancel()
 
 
-class Upload:
-    """A streamed write: memory holds one part of 8 MiB, whatever the length. Not finished means not visible.
-
-    ``once`` is the SHA-256 of what will be written, kept with the object; an object that is there is left as it is.
-    """
-
-    def __init__(self, client: S3Client, bucket: str, key: str, *, once: str | None = None) -> None:
-        self._client = client
-        self._bucket, self._key = bucket, key
-        self._facts: dict[str, Any] = {} if once is None else {"Metadata": {"sha256": once}}
-        self._unless: dict[str, Any] = {} if once is None else {"IfNoneMatch": "*"}
-        self._id: str | None = None
-        self._parts: list[Any] = []
-        self._buffer = bytearray()
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def wants_flush(self) -> bool:
-        """Whether a part is full; ``flush`` blocks, so that an event loop calls it in a thread."""
-        return len(self._buffer) >= PART_BYTES
-
-    def feed(self, chunk: bytes) -> None:
-        """Take bytes; no input or output happens here."""
-        self._buffer += chunk
-        self._digest.update(chunk)
-        self.bytes += len(chunk)
-
-    def sha256(self) -> str:
-        """SHA-256 of the bytes fed so far, in hexadecimal."""
-        return self._digest.hexdigest()
-
-    def flush(self) -> None:
-        """Send what is buffered as one part."""
-        if self._id is None:
-            answer = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key, **self._facts)
-            self._id = answer["UploadId"]
-        number = len(self._parts) + 1
-        part = self._client.upload_part(
-            Bucket=self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=bytes(self._buffer)
-        )
-        self._parts.append({"ETag": part["ETag"], "PartNumber": number})
-        self._buffer.clear()
-
-    def finish(self) -> StoredObject:
-        """Make the object visible."""
-        if self._id is None:
-            body = bytes(self._buffer)
-            self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, **self._facts, **self._unless)
-        else:
-            if self._buffer:
-                self.flush()
-            self._client.complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=self._key,
-                UploadId=self._id,
-                MultipartUpload={"Parts": self._parts},
-                **self._unless,
-            )
-        return StoredObject(self._key, self.bytes, self._digest.hexdigest())
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        if self._id is not None:
-            self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._id)
+def _result(transfer: TransferFuture, key: str) -> None:
+    try:
+        transfer.result()
+    except CancelledError as error:
+        raise Stopped(key) from error

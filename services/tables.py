@@ -1,6 +1,6 @@
 """The database tables. Every row carries its tenant; references across tables carry it too."""
 
-from __future__ import annotations
+# Annotations stay as they are: SQLAlchemy would evaluate each of their strings, at every import of the gateway.
 
 from datetime import datetime
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "ImageSet",
     "Job",
     "JobEvent",
+    "ProcessCounters",
     "Tenant",
     "WorkerSlot",
 ]
@@ -73,6 +74,9 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    max_running_jobs: Mapped[int | None]  # held at once; null: Settings.tenant_running_jobs
+    max_open_jobs: Mapped[int | None]  # queued or held at once; null: Settings.tenant_open_jobs
+    last_served_at: Mapped[datetime | None]  # when a doorbell last rang for one of its jobs
 
 
 class ApiKey(Base):
@@ -177,15 +181,43 @@ class Job(Base):
             "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="finished"
         ),
         CheckConstraint("status <> 'succeeded' OR published_prefix IS NOT NULL", name="succeeded_is_published"),
+        CheckConstraint("status <> 'succeeded' OR finished_at <= deadline_at", name="succeeded_in_time"),
         Index("ix_jobs_listing", "tenant_id", "kind", "id"),
-        # The control loop's questions, each answered from a small partial index however long the history is.
-        Index("ix_jobs_queued", "queue", text("priority DESC"), "id", postgresql_where=text("status = 'queued'")),
-        Index("ix_jobs_leased", "lease_until", postgresql_where=text("lease_until IS NOT NULL")),
+        # The control loop's questions, each answered from a small partial index however long the history is. None
+        # names lease_until, phase or progress, so that renewals and progress are heap-only updates.
+        Index(
+            "ix_jobs_queued",
+            "queue",
+            "tenant_id",
+            text("priority DESC"),
+            "id",
+            postgresql_where=text("status = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_rung",
+            "dispatched_at",
+            postgresql_where=text("status = 'queued' AND dispatched_at IS NOT NULL"),
+        ),
+        Index(  # whose turn has not come yet, the oldest first: the age that a scrape shows
+            "ix_jobs_unstarted",
+            "queue",
+            "created_at",
+            postgresql_where=text("status = 'queued' AND started_at IS NULL"),
+        ),
+        Index("ix_jobs_held", "tenant_id", postgresql_where=text("status IN ('running', 'cancelling')")),
+        # Not in the words of a status: it would be taken for ix_jobs_queued, and walked through for a queue's tenants.
+        Index("ix_jobs_open", "tenant_id", postgresql_where=text("finished_at IS NULL")),
+        Index(
+            "ix_jobs_deadline",
+            "deadline_at",
+            postgresql_where=text("status = 'queued' AND deadline_at IS NOT NULL"),
+        ),
         Index("ix_jobs_finished", "tenant_id", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("finished_at IS NOT NULL AND swept_at IS NULL")),
         Index(
             "ix_jobs_swept_early", "finished_at", postgresql_where=text("swept_at - finished_at < interval '2 days'")
         ),
+        {"postgresql_with": {"fillfactor": 85}},  # room on the page for the next version of a row that is renewed
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -194,11 +226,12 @@ class Job(Base):
     status: Mapped[str] = mapped_column(server_default="queued")
     phase: Mapped[str | None]  # of the running attempt
     version: Mapped[int] = mapped_column(Integer, server_default="1")  # the ETag; one up at every visible change
-    queue: Mapped[str]  # capability: gpu.flow, cpu.convert
-    priority: Mapped[int] = mapped_column(Integer, server_default="0")  # higher first
+    queue: Mapped[str]  # capability: gpu.flow, gpu.diffusion, cpu
+    priority: Mapped[int] = mapped_column(Integer, server_default="0")  # higher first, among its tenant's jobs
     checkpoint_id: Mapped[str]
     request: Mapped[Json]  # as accepted, with defaults
     seed: Mapped[int] = mapped_column(BigInteger)
+    traceparent: Mapped[str | None]  # W3C Trace Context of the request that asked for it; null: it had none
 
     # The lease. Written by claim, renew and whatever ends the attempt (services.leases) and by nothing else.
     attempt: Mapped[int] = mapped_column(Integer, server_default="0")  # claims, less those given back by a drain
@@ -210,11 +243,12 @@ class Job(Base):
     infrastructure_losses: Mapped[int] = mapped_column(Integer, server_default="0")
     out_of_memory_losses: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested_at: Mapped[datetime | None]
+    deadline_at: Mapped[datetime | None]  # by when it must have succeeded, else it fails; null: whenever
 
     progress: Mapped[Json | None]  # {phase, step, total, eta_seconds, losses, metrics}
     resume: Mapped[Json | None]  # {key, step, token, bytes, sha256} of the newest state in the store
     problem: Mapped[Json | None]  # why it failed
-    reason: Mapped[str | None]  # criteria_not_met, user_error, attempts_exhausted, out_of_memory, internal
+    reason: Mapped[str | None]  # criteria_not_met, user_error, attempts_exhausted, out_of_memory, ...
     summary: Mapped[Json | None]  # the runner's headline figures
     published_prefix: Mapped[str | None]  # the one attempt whose artifacts count
     artifacts: Mapped[list[Json] | None]  # [{name, media_type, bytes, sha256}]
@@ -281,3 +315,14 @@ class WorkerSlot(Base):
     queue: Mapped[str] = mapped_column(primary_key=True)
     slots: Mapped[int]
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ProcessCounters(Base):
+    """What one process has counted since it began (``services.metrics``); ``gone`` holds what ended ones had."""
+
+    __tablename__ = "process_counters"
+
+    process: Mapped[str] = mapped_column(primary_key=True)  # host, process id and a random part
+    kind: Mapped[str]  # gateway, control, worker, gone
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    samples: Mapped[dict[str, float]] = mapped_column(JSONB)  # value by name and labels, as Prometheus writes them

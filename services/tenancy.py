@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -16,7 +16,7 @@ from services.errors import NotFound, WrongKey
 from services.ids import new_id
 from services.tables import ApiKey, Tenant
 
-__all__ = ["Caller", "NewKey", "authenticate", "create_key", "list_keys", "revoke_key"]
+__all__ = ["Caller", "Credential", "NewKey", "authenticate", "create_key", "list_keys", "revoke_key"]
 
 KEY_FORM = re.compile(r"^fgt_([0-9a-f]{32})_([A-Za-z0-9_-]{43})$")
 
@@ -38,6 +38,28 @@ class NewKey:
     tenant: str
     name: str
     secret: str
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A key as somebody presents it: which one it says that it is, and the digest of its secret."""
+
+    key_id: str  # empty: the text has not the form of a key
+    digest: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, presented: str) -> Credential:
+        """From the text of an Authorization header."""
+        form = KEY_FORM.match(presented)
+        return cls(f"key_{form[1]}" if form else "", _digest(form[2] if form else presented))
+
+    def caller(self, tenant_id: str | None, secret_sha256: bytes | None) -> Caller:
+        """The caller, from what the live key of that id has on record (None: there is none); raises ``WrongKey``."""
+        # An unknown id costs the same comparison as a known one.
+        known = hmac.compare_digest(self.digest, secret_sha256 if secret_sha256 is not None else bytes(32))
+        if not known or tenant_id is None:
+            raise WrongKey("Check the key, or ask the operator for a new one: forgetd keys create.")
+        return Caller(tenant_id, self.key_id)
 
 
 def _digest(secret: str) -> bytes:
@@ -78,12 +100,7 @@ def revoke_key(session: Session, key_id: str) -> None:
 
 def authenticate(session: Session, presented: str) -> Caller:
     """The caller behind a presented key; raises ``WrongKey`` without saying what about it is wrong."""
-    form = KEY_FORM.match(presented)
-    row = None
-    if form is not None:
-        row = session.scalar(select(ApiKey).where(ApiKey.id == f"key_{form[1]}", ApiKey.revoked_at.is_(None)))
-    # An unknown id costs the same comparison as a known one.
-    expected = row.secret_sha256 if row is not None else bytes(32)
-    if not hmac.compare_digest(_digest(form[2] if form else presented), expected) or row is None:
-        raise WrongKey("Check the key, or ask the operator for a new one: forgetd keys create.")
-    return Caller(row.tenant_id, row.id)
+    credential = Credential.of(presented)
+    live = select(ApiKey).where(ApiKey.id == credential.key_id, ApiKey.revoked_at.is_(None))
+    row = session.scalar(live)
+    return credential.caller(*(row.tenant_id, row.secret_sha256) if row is not None else (None, None))

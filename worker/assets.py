@@ -22,7 +22,8 @@ from services import leases, object_keys
 from services.database import Database
 from services.jobs import TERMINAL
 from services.leases import Claim
-from services.storage import ObjectStorage, StoredObject, file_sha256
+from services.logs import inheriting
+from services.storage import ObjectStorage, Stopped, StoredObject, file_sha256
 from worker import publication
 from worker.patience import GaveUp, patiently, store_away
 from worker.process import Malformed
@@ -83,7 +84,7 @@ class AssetKeeper:
         self._busy = self._closed = False
         self._changed = threading.Condition()
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"assets-{claim.job_id}", daemon=True)
+        self._thread = threading.Thread(target=inheriting(self._work), name=f"assets-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> AssetKeeper:
         self._thread.start()
@@ -150,7 +151,7 @@ class AssetKeeper:
                 self._save(asset)
         except FileExistsError:
             return  # another job was first
-        except GaveUp:
+        except (GaveUp, Stopped):
             if not self._overtaken(asset):
                 logger.warning("%s attempt %d: an asset was not kept", *self._name())
         except Exception:
@@ -170,18 +171,16 @@ class AssetKeeper:
         finally:
             if asset.own and not self._may_save() and self._job_ended():
                 self._storage.erase(self._key(asset))  # the sweep of the job's states may have been before it
-        if stored is None:
-            raise GaveUp(asset.name)
         logger.info("%s attempt %d: kept %s, %d bytes", *self._name(), asset.name, stored.bytes)
 
-    def _put(self, asset: Asset) -> StoredObject | None:
+    def _put(self, asset: Asset) -> StoredObject:
         if asset.own:
-            return self._storage.put_file_while(self._key(asset), asset.path, lambda: self._worth_sending(asset))
+            return self._storage.put_file(self._key(asset), asset.path, going_on=lambda: self._worth_sending(asset))
         return self._storage.put_file_once(self._key(asset), asset.path, self._own_first)
 
     def _key(self, asset: Asset) -> str:
         if asset.own:
-            return object_keys.work(self._claim.tenant_id, self._claim.job_id, asset.name)
+            return object_keys.own(self._claim.tenant_id, self._claim.job_id, asset.name)
         return object_keys.asset(self._claim.tenant_id, self._claim.checkpoint_id, asset.name)
 
     def _worth_sending(self, asset: Asset) -> bool:
@@ -231,7 +230,7 @@ def fetch(storage: ObjectStorage, claim: Claim, folder: Path, *, going_on: Calla
 
     One that cannot be had is left out. A damaged one of the checkpoint is erased too, so that it can be written anew;
     one of the job's own may just have been replaced while it was read, and will be in any case. Safe to repeat. Errors
-    of a store that is away rise (``worker.patience.store_away``), and no others.
+    of a store that is away rise (``worker.patience.store_away``), and ``Stopped`` in the middle of one, and no others.
 
     Returns:
         Their paths in the folder, by name.
@@ -241,10 +240,12 @@ def fetch(storage: ObjectStorage, claim: Claim, folder: Path, *, going_on: Calla
     paths = {name: f"{FOLDER}/{name}.safetensors" for name in found}
 
     def here(name: str) -> bool:
-        return going_on() and _fetch_one(storage, claim, found[name], folder / paths[name])
+        return going_on() and _fetch_one(storage, claim, found[name], folder / paths[name], going_on)
 
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
-        return {name: paths[name] for name, is_here in zip(paths, pool.map(here, paths), strict=True) if is_here}
+        return {
+            name: paths[name] for name, is_here in zip(paths, pool.map(inheriting(here), paths), strict=True) if is_here
+        }
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _found(storage: ObjectStorage, claim: Claim) -> dict[str, _Found]:
     """
     room, found = {True: PARTIAL_BYTES, False: FETCHED_BYTES}, dict[str, _Found]()
     for prefix, own in (
-        (object_keys.work_prefix(claim.tenant_id, claim.job_id), True),
+        (object_keys.own_prefix(claim.tenant_id, claim.job_id), True),
         (object_keys.assets_prefix(claim.tenant_id, claim.checkpoint_id), False),
     ):
         for key, size in storage.newest(prefix):
@@ -275,16 +276,16 @@ def _found(storage: ObjectStorage, claim: Claim) -> dict[str, _Found]:
     return found
 
 
-def _fetch_one(storage: ObjectStorage, claim: Claim, asset: _Found, path: Path) -> bool:
+def _fetch_one(storage: ObjectStorage, claim: Claim, asset: _Found, path: Path, going_on: Callable[[], bool]) -> bool:
     why = "damaged"
     try:
-        if storage.fetch(asset.key, path) == file_sha256(path):
+        if storage.fetch(asset.key, path, going_on=going_on) == file_sha256(path):
             return True
         path.unlink()
         if not asset.own:
             storage.erase(asset.key)
     except Exception as error:
-        if store_away(error):
+        if store_away(error) or isinstance(error, Stopped):
             raise
         path.unlink(missing_ok=True)
         why = type(error).__name__

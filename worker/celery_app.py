@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 from celery import Celery
+from kombu.connection import Connection
+from redis import Redis
 
 from services.settings import Settings
 
-__all__ = ["RUN_TASK", "make_app"]
+__all__ = ["RUN_TASK", "make_app", "unheard"]
 
 RUN_TASK = "forgetd.run"
 VISIBILITY_SECONDS = 3600  # messages are acknowledged early, so that this only bounds a crash between pop and hand-over
 SOCKET_SECONDS = 5.0  # above Celery's blocking pop of 1 s
 CONNECT_SECONDS = 2.0
+SOONEST_SECONDS, LATEST_SECONDS = 0.2, 2.0  # between two looks for a broker that is away
+
+
+class _SoonBack(Connection):
+    """A connection that is back soon after its broker: Celery has no setting for its pauses, which grow to 30 s."""
+
+    def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
+        pauses = {"interval_start": SOONEST_SECONDS, "interval_step": SOONEST_SECONDS, "interval_max": LATEST_SECONDS}
+        return super().ensure_connection(*args, **{**pauses, **kwargs})  # type: ignore[no-untyped-call]  # kombu's
 
 
 def make_app(settings: Settings, run: Callable[[str], None] | None = None) -> Celery:
@@ -50,6 +63,17 @@ def make_app(settings: Settings, run: Callable[[str], None] | None = None) -> Ce
             "socket_keepalive": True,
         },
     )
+    app.amqp.Connection = _SoonBack
     if run is not None:
         app.task(name=RUN_TASK, ignore_result=True, shared=False)(run)
     return app
+
+
+def unheard(app: Celery, queue: str) -> int:
+    """How many messages wait in a queue. Of a broker that is away, redis-py's errors, soon."""
+    return int(_broker(app.conf.broker_url).llen(queue))  # a queue of Celery's is a list of its name
+
+
+@lru_cache(maxsize=1)
+def _broker(url: str) -> Redis:
+    return Redis.from_url(url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=CONNECT_SECONDS)

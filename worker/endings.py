@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
-from services import leases
+from services import leases, reaper
 from services.leases import Claim
 from services.settings import Settings
 from services.storage import ObjectStorage
@@ -22,7 +23,8 @@ __all__ = ["INTERRUPTED_STATUS", "Ending", "classify", "internal", "problem"]
 OUT_OF_MEMORY_STATUS = 71
 INTERRUPTED_STATUS = 75
 
-Kind = Literal["succeeded", "failed", "cancelled", "released", "out_of_memory", "lost", "gone"]
+# "stopped": the caller cancelled, or the deadline has passed; the row says which.
+Kind = Literal["succeeded", "failed", "stopped", "released", "out_of_memory", "lost", "gone"]
 
 
 def problem(slug: str, title: str, detail: str, *, pointer: str | None = None) -> dict[str, Any]:
@@ -49,18 +51,20 @@ class Ending:
         """For good, with nothing to show."""
         return cls("failed", reason=reason, problem=problem)
 
-    def uploaded(self, storage: ObjectStorage, claim: Claim) -> Ending:
-        """This ending with its artifacts in the store."""
-        prefix, rows = publication.upload(storage, claim, self.artifacts or [])
+    def uploaded(self, storage: ObjectStorage, claim: Claim, going_on: Callable[[], bool]) -> Ending:
+        """This ending with its artifacts in the store; ``Stopped`` once ``going_on`` says no."""
+        prefix, rows = publication.upload(storage, claim, self.artifacts or [], going_on)
         return replace(self, artifacts=None, prefix=prefix, rows=rows)
 
     def write(self, session: Session, claim: Claim, settings: Settings) -> str | None:
-        """The fenced statement of this ending; a cancel that came first wins. None: the token is stale."""
+        """The fenced statement of this ending; a cancel or deadline that came first wins. None: the token is stale."""
         if self.kind == "lost":
-            return leases.lose(session, claim, why=self.why, budget=settings.infrastructure_budget)
+            return reaper.lose(session, claim, why=self.why, budget=settings.infrastructure_budget)
         if self._write(session, claim):
             return {"released": "queued", "out_of_memory": "queued"}.get(self.kind, self.kind)
-        return "cancelled" if leases.cancelled(session, claim) else None
+        if leases.cancelled(session, claim):
+            return "cancelled"
+        return "failed" if leases.expire(session, claim) else None
 
     def _write(self, session: Session, claim: Claim) -> bool:
         if self.kind == "succeeded":
@@ -81,7 +85,7 @@ class Ending:
             return leases.release(session, claim)
         if self.kind == "out_of_memory":
             return leases.retry_smaller(session, claim)
-        return leases.cancelled(session, claim)
+        return False
 
 
 def classify(

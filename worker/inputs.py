@@ -256,17 +256,22 @@ def _images(session: Session, claim: Claim, image_set_id: str, pointer: str) -> 
 def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callable[[], bool] = lambda: True) -> bool:
     """Fetch everything, several files at once, each checked against its digest. Whether there is a state to resume.
 
-    Once `going_on` says no, nothing more is asked for; the first file that fails ends the others' waiting too.
+    Once `going_on` says no, nothing more is asked for, and what is on its way stops; the first file that fails ends
+    the others' waiting too.
 
     Safe to repeat: files that are there and right are kept. A state that is gone or damaged is left out, so that the
     attempt starts from the beginning; nothing else may be.
 
     Raises:
         InputMissing: an object is gone, or is not what was uploaded.
+        Stopped: `going_on` said no in the middle of a file.
+        ConnectionError: an answer of the store broke off, and did not say so.
     """
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
         try:
-            for done in as_completed([pool.submit(_fetch_one, storage, wanted, folder) for wanted in plan.files]):
+            for done in as_completed(
+                [pool.submit(_fetch_one, storage, wanted, folder, going_on) for wanted in plan.files]
+            ):
                 done.result()
                 if not going_on():
                     return False
@@ -275,24 +280,27 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callabl
     if plan.resume is None:
         return False
     try:
-        _fetch_one(storage, plan.resume, folder)
+        _fetch_one(storage, plan.resume, folder, going_on)
     except InputMissing:
         return False
     return True
 
 
-def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path) -> None:
+def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path, going_on: Callable[[], bool]) -> None:
     path = folder / wanted.path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and file_sha256(path) == wanted.sha256:
         return
     try:
-        storage.fetch(wanted.key, path)
+        storage.fetch(wanted.key, path, going_on=going_on)
     except KeyError as error:
         told = "A file that the job reads is not in the store any more; upload it again."
         raise InputMissing(told, pointer=wanted.pointer) from error
     if file_sha256(path) != wanted.sha256:
+        broke_off = path.stat().st_size != storage.size(wanted.key)
         path.unlink()
+        if broke_off:  # no fault of the caller's
+            raise ConnectionError("the store's answer broke off")
         told = "A file that the job reads is not what was uploaded: its SHA-256 differs; upload it again."
         raise InputMissing(told, pointer=wanted.pointer)
 

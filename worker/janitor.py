@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
-from services import checkpoints, idempotency, image_sets, object_keys
+from services import checkpoints, idempotency, image_sets, metrics_table, object_keys, uploads
 from services.database import Database
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, Classifier, ImageSet, Job, Tenant
@@ -21,50 +23,58 @@ logger = logging.getLogger(__name__)
 
 SWEEP_AT_ONCE = 20
 SETS_AT_ONCE = 5
-UNFINISHED_HOURS = 24
+UNFINISHED_HOURS = uploads.UNFINISHED_HOURS  # one of images that never became a set is gone within a day too
 STALE_WRITERS = timedelta(days=2)  # an attempt that lost its lease may go on writing, but not for this long
 TENANTS = "tenants/"
+REFUSED = (BotoCoreError, ClientError, RuntimeError)  # by the store, or no answer from it
 OWNED = re.compile(r"tenants/[^/]+/(checkpoints|classifiers|image-sets)/((?:ckpt|clf|imgs)_[0-9a-f]{32})/")
 
 
 def sweep(database: Database, storage: ObjectStorage) -> int:
-    """Sweep behind the jobs that ended, then erase the image sets that are due. Returns how many rows were done.
+    """Erase the image sets that are due, then sweep behind the jobs that ended. Returns how many rows were done.
 
-    A row is locked while the store deletes: two janitors never do the same one. A row whose deletion fails stays due
-    and holds up nobody else.
+    No row is locked while the store deletes, and two janitors never do the same one. A row whose deletion fails stays
+    due and holds up nobody else.
     """
-    failed: set[str] = set()
-    done = 0
-    while done + len(failed) < SWEEP_AT_ONCE:
-        job_id = _next_job(database, storage, failed)
-        if job_id is None:
+    done = _erase_sets(database, storage)
+    unswept = Job.finished_at.is_not(None) & Job.swept_at.is_(None)
+    passed: set[str] = set()
+    for _ in range(SWEEP_AT_ONCE):
+        if _sweep_one(database, storage, unswept, passed) is None:
             break
-        done += job_id not in failed
-    return done + _erase_sets(database, storage)
+        done += 1
+    return done
 
 
-def _next_job(database: Database, storage: ObjectStorage, failed: set[str]) -> str | None:
-    """Sweep behind one job; its id joins ``failed`` when the store refuses."""
-    with database.transaction() as session:
-        job = session.scalar(
-            select(Job)
-            .where(Job.finished_at.is_not(None), Job.swept_at.is_(None), Job.id.not_in(failed))
-            .order_by(Job.finished_at)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        if job is None:
-            return None
-        try:
-            gone = _sweep(session, storage, job)
-        except (BotoCoreError, ClientError, RuntimeError) as error:
-            logger.warning("%s: not swept yet (%s)", job.id, type(error).__name__)
-            failed.add(job.id)
-            return job.id
-        session.execute(update(Job).where(Job.id == job.id).values(swept_at=func.clock_timestamp()))
-    if gone:
-        logger.info("%s: %d objects swept", job.id, gone)
-    return job.id
+def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bool], passed: set[str]) -> int | None:
+    """Sweep behind the job that ended first of those that are due and not ``passed``. Returns how many objects went.
+
+    Jobs that the store refuses, or that another janitor is at, join ``passed``. None once no other job is due.
+    """
+    oldest = select(Job.id).where(due).order_by(Job.finished_at).limit(1)
+    while True:
+        with database.transaction() as session:
+            job_id = session.scalar(oldest.where(Job.id.not_in(passed)))
+            if job_id is None:
+                return None
+            passed.add(job_id)
+            # Asked again once it is ours: another may have done it in between.
+            if not _alone(session, job_id) or (job := session.scalar(select(Job).where(due, Job.id == job_id))) is None:
+                continue
+            try:
+                gone = _sweep(session, storage, job)
+            except REFUSED as error:
+                logger.warning("%s: not swept yet (%s)", job_id, type(error).__name__)
+                continue
+            session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
+        if gone:
+            logger.info("%s: %d objects swept", job_id, gone)
+        return gone
+
+
+def _alone(session: Session, name: str) -> bool:
+    """Whether no other janitor is at this row; none will be before the transaction ends. Nobody else asks."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))))
 
 
 def _sweep(session: Session, storage: ObjectStorage, job: Job) -> int:
@@ -86,63 +96,90 @@ def _attempt_prefixes(storage: ObjectStorage, job: Job) -> set[str]:
 
 
 def _erase_sets(database: Database, storage: ObjectStorage) -> int:
+    passed: set[str] = set()
     done = 0
-    with database.transaction() as session:
-        for row in image_sets.erasable(session, limit=SETS_AT_ONCE):
-            why = "expired" if row.expires_at < datetime.now(UTC) else "job ended"
-            try:
-                gone = image_sets.erase(session, storage, row, why=why)
-            except (BotoCoreError, ClientError, RuntimeError) as error:
-                logger.warning("%s: not erased yet (%s)", row.id, type(error).__name__)
-                continue
-            logger.info("%s: %d objects erased", row.id, gone)
-            done += 1
+    while done < SETS_AT_ONCE:
+        with database.transaction() as session:
+            due = image_sets.condemn(session, limit=SETS_AT_ONCE, but_not=passed)
+        if not due:
+            break
+        passed |= set(due)
+        for image_set_id, why in due.items():
+            done += _erase_set(database, storage, image_set_id, why)
     return done
 
 
-def tidy(database: Database, storage: ObjectStorage) -> int:
-    """Remove uploads that were begun a day ago and never became a row, and what stale attempts wrote behind the sweep.
+def _erase_set(database: Database, storage: ObjectStorage, image_set_id: str, why: str) -> bool:
+    with database.transaction() as session:
+        row = session.get(ImageSet, image_set_id) if _alone(session, image_set_id) else None
+        if row is None or row.erased_at is not None:
+            return False
+        try:
+            gone = image_sets.erase(session, storage, row, why=why)
+        except REFUSED as error:
+            logger.warning("%s: not erased yet (%s)", image_set_id, type(error).__name__)
+            return False
+    logger.info("%s: %d objects erased", image_set_id, gone)
+    return True
 
-    Idempotency records of a day go too. Returns how many objects went.
+
+def tidy(
+    database: Database,
+    storage: ObjectStorage,
+    *,
+    unfinished: timedelta = timedelta(hours=UNFINISHED_HOURS),
+    stale: timedelta = STALE_WRITERS,
+) -> int:
+    """Remove uploads begun longer ago than ``unfinished`` that are no row, and what stale attempts wrote since a sweep.
+
+    A job is swept again once, when it ended longer ago than ``stale``. Idempotency records of a day go too, and the
+    figures of processes that ended become one sum. What the store refuses is left for the next time and holds up
+    nothing else. Returns how many objects went.
     """
     with database.transaction() as session:
         idempotency.purge(session)
-    older = timedelta(hours=UNFINISHED_HOURS)
-    gone = _sweep_again(database, storage)
-    gone += storage.abort_unfinished(TENANTS, older_than=older)
+    with database.transaction() as session:
+        metrics_table.fold(session)
+    gone = _sweep_again(database, storage, stale)
+    gone += _tolerated("unfinished uploads", lambda: storage.abort_unfinished(TENANTS, older_than=unfinished))
     with database.transaction() as session:
         tenants = list(session.scalars(select(Tenant.id)))
     for tenant_id in tenants:
-        prefix = object_keys.tenant_prefix(tenant_id)
-        found: dict[str, str] = {}
-        for part in ("checkpoints/", "classifiers/", "image-sets/"):
-            for key in storage.keys(prefix + part):
-                if (match := OWNED.match(key)) is not None:
-                    found[match[2]] = match[0]
-        old = {name: where for name, where in found.items() if _made_at(name) < datetime.now(UTC) - older}
-        for name in _without_row(database, tenant_id, set(old)):
-            gone += storage.erase(old[name])
+        gone += _tolerated(tenant_id, partial(_erase_unowned, database, storage, tenant_id, unfinished))
     if gone:
         logger.info("%d objects of unfinished uploads and stale attempts removed", gone)
     return gone
 
 
-def _sweep_again(database: Database, storage: ObjectStorage) -> int:
-    """Sweep every job again whose last sweep came too early to be behind every stale attempt of it."""
-    with database.transaction() as session:
-        due = list(session.scalars(select(Job.id).where(swept_early())))
+def _erase_unowned(database: Database, storage: ObjectStorage, tenant_id: str, unfinished: timedelta) -> int:
+    """Remove what lies where a row of the tenant's would name it, and none does."""
+    prefix = object_keys.tenant_prefix(tenant_id)
+    found: dict[str, str] = {}
+    for part in ("checkpoints/", "classifiers/", "image-sets/"):
+        for key in storage.keys(prefix + part):
+            if (match := OWNED.match(key)) is not None:
+                found[match[2]] = match[0]
+    old = {name: where for name, where in found.items() if _made_at(name) < datetime.now(UTC) - unfinished}
+    names = _without_row(database, tenant_id, set(old))
+    return sum(_tolerated(name, partial(storage.erase, old[name])) for name in names)
+
+
+def _tolerated(what: str, remove: Callable[[], int]) -> int:
+    """How many objects that removed; none where the store refused."""
+    try:
+        return remove()
+    except REFUSED as error:
+        logger.warning("%s: not removed yet (%s)", what, type(error).__name__)
+        return 0
+
+
+def _sweep_again(database: Database, storage: ObjectStorage, stale: timedelta) -> int:
+    """Sweep the jobs again that ended so long ago that no stale attempt of theirs writes any more."""
+    due = swept_early() & (Job.finished_at < func.clock_timestamp() - stale)
+    passed: set[str] = set()
     gone = 0
-    for job_id in due:
-        with database.transaction() as session:
-            job = session.scalar(select(Job).where(Job.id == job_id, swept_early()).with_for_update(skip_locked=True))
-            if job is None:
-                continue
-            try:
-                gone += _sweep(session, storage, job)
-            except (BotoCoreError, ClientError, RuntimeError) as error:
-                logger.warning("%s: not swept again (%s)", job_id, type(error).__name__)
-                continue
-            session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
+    while (swept := _sweep_one(database, storage, due, passed)) is not None:
+        gone += swept
     return gone
 
 

@@ -1,4 +1,4 @@
-"""Holding a lease: a thread that renews it, carries the progress along, and learns of a cancel or a loss."""
+"""Holding a lease: a thread that renews it, carries progress along, and learns of a cancel, a deadline or a loss."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from services import leases
 from services.database import Database
 from services.leases import Claim
+from services.logs import inheriting
 from worker.patience import database_away
 
 __all__ = ["LeaseKeeper"]
@@ -22,9 +23,10 @@ __all__ = ["LeaseKeeper"]
 logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
-SLOWEST_VISIT_SECONDS = 2.0  # a cancel is seen after this at the latest
+SLOWEST_VISIT_SECONDS = 2.0  # a cancel or a deadline is seen after this at the latest
 PROGRESS_SECONDS = 1.0  # between two writes of progress in the same phase
 RETRY_SECONDS = 0.25
+LOOK_SECONDS = 1.0  # between two looks after a supervisor that may stand still
 LEAVE_SECONDS = 5.0
 
 
@@ -39,12 +41,36 @@ class LeaseKeeper:
 
     The time that counts is measured on this host from before the renewal was sent: that is never later than the
     database's own count, so that ``held`` turns false before anybody else can be given the job.
+
+    A supervisor that waits for a call which never returns must not hold its job for ever: it calls ``moved`` as it goes
+    along, and once it got nowhere for ``stall_seconds`` the lease is let go, and ``on_stall`` is called.
+
+    Args:
+        database: where the lease is.
+        claim: whose it is.
+        ttl_seconds: how long a lease holds.
+        claimed_at: when the claim was sent (``time.monotonic``).
+        stall_seconds: how long the supervisor may stand still.
+        elsewhere_at: when something else that the attempt waits for last moved (``time.monotonic``).
+        on_stall: called from this thread, once.
     """
 
-    def __init__(self, database: Database, claim: Claim, *, ttl_seconds: float, claimed_at: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        claim: Claim,
+        *,
+        ttl_seconds: float,
+        claimed_at: float,
+        stall_seconds: float = float("inf"),
+        elsewhere_at: Callable[[], float] = lambda: 0.0,
+        on_stall: Callable[[], None] = lambda: None,
+    ) -> None:
         self._database = database
         self._claim = claim
         self._ttl = ttl_seconds
+        self._stall, self._elsewhere_at, self._on_stall = stall_seconds, elsewhere_at, on_stall
+        self._moved_at = time.monotonic()
         self._renewed_at = claimed_at
         self._lost = False
         self._beat: Callable[[], None] | None = None
@@ -52,11 +78,12 @@ class LeaseKeeper:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopped = threading.Event()
-        self.cancel = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{claim.job_id}", daemon=True)
+        self.unwanted = threading.Event()  # set once the caller has cancelled or the deadline has passed
+        self._thread = threading.Thread(target=inheriting(self._keep), name=f"lease-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> LeaseKeeper:
         self._thread.start()
+        threading.Thread(target=inheriting(self._look_after), name="stall", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +100,10 @@ class LeaseKeeper:
     def taken(self) -> bool:
         """Whether the database said that the lease is gone."""
         return self._lost
+
+    def moved(self) -> None:
+        """The attempt got somewhere."""
+        self._moved_at = time.monotonic()
 
     def beat_into(self, beat: Callable[[], None] | None) -> None:
         """Call this after every renewal from now on."""
@@ -115,13 +146,28 @@ class LeaseKeeper:
                 self._lost = True
                 return
             self._renewed_at = before
-            if answer == "cancel":
-                self.cancel.set()
+            if answer in ("cancel", "expired"):
+                self.unwanted.set()
             if (beat := self._beat) is not None:
                 beat()
             if notes:
                 phase = notes[-1].phase
             self._rest(before, pause, phase)
+
+    def _look_after(self) -> None:
+        """In a thread that waits for nobody: a visit to the database may be what does not return."""
+        while not self._stopped.wait(LOOK_SECONDS):
+            if time.monotonic() > max(self._moved_at, self._elsewhere_at()) + self._stall:
+                self._let_go()
+                return
+
+    def _let_go(self) -> None:
+        logger.critical(
+            "%s attempt %d: its supervisor got nowhere for %.0f s; letting go of the lease",
+            *(self._claim.job_id, self._claim.attempt, self._stall),
+        )
+        self._lost = True
+        self._on_stall()
 
     def _rest(self, since: float, pause: float, phase: str) -> None:
         """Wait for the next visit: sooner for a new phase, after a second for progress in the old one."""

@@ -1,4 +1,4 @@
-"""A worker process: ``python -m worker.main --queues gpu.flow,cpu.convert [--slots 1] [--name HOST]``.
+"""A worker process: ``python -m worker.main --queues gpu.flow,gpu.diffusion [--slots 1] [--name HOST]``.
 
 It answers doorbells with one supervisor a slot, says every few seconds that it lives, and drains on SIGTERM or SIGINT.
 """
@@ -12,15 +12,18 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from celery import signals
 
-from services import leases
+from services import dispatch
 from services.database import Database
+from services.logs import configure_logging
+from services.metrics import Metrics, Push
 from services.settings import Settings, get_settings
 from services.storage import ObjectStorage
+from services.tracing import open_tracing
 from worker.celery_app import make_app
-from worker.logs import configure_logging
 from worker.process import RUNNER_COMMAND
 from worker.scratch import Scratch
 from worker.supervisor import Supervisor
@@ -29,8 +32,10 @@ __all__ = ["main", "serve"]
 
 logger = logging.getLogger(__name__)
 
-SEEN_SECONDS = 3.0  # well within leases.WORKER_SILENT_SECONDS
+SEEN_SECONDS = 3.0  # well within dispatch.WORKER_SILENT_SECONDS
 SEEN_AGAIN_SECONDS = 0.5  # after a fault
+LOOK_SECONDS = 0.1  # a free slot looks for its next doorbell
+STALLED_STATUS = 70  # whoever keeps workers running starts another
 EXIT_SECONDS = 10.0  # past the drain's grace, whatever still hangs is left behind
 SLOTS_HELP = (
     "jobs at once (default: 1); more only for queues without a GPU, since all slots use the first one: "
@@ -52,7 +57,7 @@ class Presence(threading.Thread):
         while not self._leaving.is_set():
             try:
                 with self._database.transaction() as session:
-                    leases.see_worker(session, self._worker, self._queues, self._slots)
+                    dispatch.see_worker(session, self._worker, self._queues, self._slots)
             except Exception as error:
                 if not away:
                     logger.warning("the database does not answer (%s); going on trying", type(error).__name__)
@@ -71,7 +76,7 @@ class Presence(threading.Thread):
         self.join(SEEN_SECONDS)
         try:
             with self._database.transaction() as session:
-                leases.retire_worker(session, self._worker)
+                dispatch.retire_worker(session, self._worker)
         except Exception as error:
             logger.warning("leaving without a word to the database (%s)", type(error).__name__)
 
@@ -87,11 +92,21 @@ def serve(
     """Work until told to stop. Returns the exit status."""
     # Unique to the process: a lease found under this name was taken by this process and by no other.
     worker_id = f"{name or socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    database = Database(settings.database_url.get_secret_value())
+    metrics, tracing = Metrics(), open_tracing(settings, "forgetd-worker", instance=worker_id)
+    database = Database(settings.database_url.get_secret_value(), counted=metrics)
     scratch = Scratch(settings.scratch_dir)
     supervisor = Supervisor(
-        settings, database, ObjectStorage(settings), scratch, worker=worker_id, runner_command=runner_command
+        settings,
+        database,
+        ObjectStorage(settings, counted=metrics),
+        scratch,
+        worker=worker_id,
+        runner_command=runner_command,
+        metrics=metrics,
+        tracing=tracing,
+        on_stall=lambda: os._exit(STALLED_STATUS),  # nothing orderly is left to do: a thread of ours does not return
     )
+    push = Push(database, metrics, process=worker_id, kind="worker")
 
     def run(job_id: str) -> None:
         try:
@@ -110,6 +125,14 @@ def serve(
         last.daemon = True
         last.start()
 
+    ready: list[object] = []
+
+    def look_often(sender: Any, **_: object) -> None:
+        # Celery's loop looks for the next bell when something wakes it: a job's end does not, its timer of 1 s does.
+        if not ready:
+            ready.append(sender.hub.call_repeatedly(LOOK_SECONDS, _nothing))
+
+    signals.worker_ready.connect(look_often, weak=False)
     signals.worker_shutting_down.connect(drain, weak=False)
     signals.setup_logging.connect(_logging_is_ours, weak=False)
     worker = app.Worker(
@@ -123,6 +146,7 @@ def serve(
         quiet=True,
     )
     presence.start()
+    push.start()
     logger.info("worker %s started: queues %s, slots %d", worker_id, ",".join(queues), slots)
     try:
         worker.start()
@@ -130,10 +154,17 @@ def serve(
         supervisor.start_draining()
         presence.leave()
         scratch.close()
+        push.leave()
+        tracing.close()
+        signals.worker_ready.disconnect(look_often)
         signals.worker_shutting_down.disconnect(drain)
         signals.setup_logging.disconnect(_logging_is_ours)
     logger.info("worker %s stopped", worker_id)
     return 0
+
+
+def _nothing() -> None:
+    """Wakes a loop."""
 
 
 def _logging_is_ours(**_: object) -> None:
@@ -143,15 +174,16 @@ def _logging_is_ours(**_: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m worker.main", description="Run jobs of the given queues.")
-    parser.add_argument("--queues", required=True, help="comma-separated, such as gpu.flow,cpu.convert")
+    parser.add_argument("--queues", required=True, help="comma-separated, such as gpu.flow,gpu.diffusion")
     parser.add_argument("--slots", type=int, default=1, help=SLOTS_HELP)
     parser.add_argument("--name", help="how the worker is called in the logs (default: the host's name)")
     arguments = parser.parse_args(argv)
     queues = [queue.strip() for queue in arguments.queues.split(",") if queue.strip()]
     if not queues or arguments.slots < 1:
         parser.error("give at least one queue and one slot")
-    configure_logging()
-    return serve(get_settings(), queues=queues, slots=arguments.slots, name=arguments.name)
+    settings = get_settings()
+    configure_logging(settings.log_format, settings.log_level)
+    return serve(settings, queues=queues, slots=arguments.slots, name=arguments.name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+# Refused credentials are the operator's to mend, as an outage is: no job is to pay for a key that was changed.
+AWAY = (401, 403, 408, 429)
 
 
 class GaveUp(Exception):
@@ -37,10 +39,11 @@ def store_away(error: BaseException) -> bool:
     """Whether the object store did not answer, or answered with a fault of its own."""
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-        return status >= 500 or status in (408, 429)
-    # boto3's transfers wrap what they met in exceptions of their own, which derive from neither of botocore's trees.
+        return status >= 500 or status in AWAY
+    # Transfers wrap what they met in exceptions of their own, and an answer that broke off in the middle is no error of
+    # botocore's tree either.
     return isinstance(error, BotoCoreError | ConnectionError | TimeoutError) or type(error).__module__.startswith(
-        ("boto3.", "s3transfer.")
+        ("boto3.", "s3transfer.", "botocore.")
     )
 
 

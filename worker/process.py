@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from services.logs import inheriting
+
 __all__ = ["RUNNER_COMMAND", "Malformed", "RunnerProcess", "runner_environment"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,8 +80,8 @@ class RunnerProcess:
         self._ended = False
         os.set_blocking(self._pipe(self._process.stdin).fileno(), False)
         self._readers = [
-            threading.Thread(target=self._read_stdout, name="runner-stdout", daemon=True),
-            threading.Thread(target=self._read_stderr, name="runner-stderr", daemon=True),
+            threading.Thread(target=inheriting(self._read_stdout), name="runner-stdout", daemon=True),
+            threading.Thread(target=inheriting(self._read_stderr), name="runner-stderr", daemon=True),
         ]
         for reader in self._readers:
             reader.start()

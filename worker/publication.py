@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,19 @@ def plain_file(folder: Path, path: str) -> Path:
     return found
 
 
-def upload(storage: ObjectStorage, claim: Claim, artifacts: list[Artifact]) -> tuple[str, list[dict[str, Any]]]:
-    """Write the artifacts, and the manifest last. Safe to repeat. Returns the prefix and the artifacts' rows."""
+def upload(
+    storage: ObjectStorage, claim: Claim, artifacts: list[Artifact], going_on: Callable[[], bool]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Write the artifacts, and the manifest last. Safe to repeat. Returns the prefix and the artifacts' rows.
+
+    Raises:
+        Stopped: ``going_on`` said no in the middle.
+    """
     prefix = object_keys.attempt_prefix(claim.tenant_id, claim.job_id, claim.token)
     rows: list[dict[str, Any]] = []
     for artifact in artifacts:
-        stored = storage.put_file(prefix + artifact.name, artifact.path, media_type=artifact.media_type)
+        key = prefix + artifact.name
+        stored = storage.put_file(key, artifact.path, media_type=artifact.media_type, going_on=going_on)
         rows.append(
             {
                 "name": artifact.name,

@@ -10,7 +10,8 @@ from pathlib import Path
 from services import leases, object_keys
 from services.database import Database
 from services.leases import Claim
-from services.storage import ObjectStorage
+from services.logs import inheriting
+from services.storage import ObjectStorage, Stopped
 from worker.patience import GaveUp, database_away, patiently, store_away
 
 __all__ = ["StateKeeper"]
@@ -34,7 +35,7 @@ class StateKeeper:
         self._busy = False
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name=f"states-{claim.job_id}", daemon=True)
+        self._thread = threading.Thread(target=inheriting(self._work), name=f"states-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> StateKeeper:
         self._thread.start()
@@ -75,7 +76,7 @@ class StateKeeper:
                 (path, step), self._waiting, self._busy = self._waiting, None, True
             try:
                 self._save(path, step)
-            except GaveUp:
+            except (GaveUp, Stopped):
                 logger.warning("%s attempt %d: a state was not saved", self._claim.job_id, self._claim.attempt)
             except Exception:
                 logger.exception("%s attempt %d: a state was not saved", self._claim.job_id, self._claim.attempt)
@@ -88,7 +89,7 @@ class StateKeeper:
             return
         key = object_keys.state(claim.tenant_id, claim.job_id, claim.token, step)
         stored = patiently(
-            lambda: self._storage.put_file(key, path),
+            lambda: self._storage.put_file(key, path, going_on=self._going_on),
             away=store_away,
             going_on=self._worth_waiting,
             what=f"{claim.job_id}: state upload",

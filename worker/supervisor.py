@@ -13,20 +13,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import DataError
-
-from services import leases, object_keys
+from services import leases
 from services.database import Database
 from services.leases import Claim
+from services.logs import about
+from services.metrics import Metrics
 from services.settings import Settings
-from services.storage import ObjectStorage
+from services.storage import ObjectStorage, Stopped
+from services.tracing import Tracing
 from worker import assets, inputs, memory, publication
 from worker.assets import AssetKeeper
-from worker.endings import INTERRUPTED_STATUS, Ending, classify, internal, problem
+from worker.endings import INTERRUPTED_STATUS, Ending, classify, problem
 from worker.lease import LeaseKeeper
 from worker.patience import GaveUp, database_away, patiently, store_away
+from worker.phases import Phases, traced
 from worker.process import RUNNER_COMMAND, Malformed, RunnerProcess, runner_environment
 from worker.scratch import Scratch
+from worker.settlement import Settlement
 from worker.states import StateKeeper
 
 __all__ = ["Supervisor"]
@@ -36,8 +39,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 STATE_WAIT_SECONDS = 0.5
 SIGNAL_SPREAD_SECONDS = 1.0
-# A finished attempt goes on asking for its publication through an outage; the token keeps that safe past the lease.
-SETTLING_SECONDS = 900.0
 
 
 class Supervisor:
@@ -53,6 +54,9 @@ class Supervisor:
         worker: str,
         runner_command: Sequence[str] = RUNNER_COMMAND,
         oom_kills: Callable[[], int] = memory.oom_kills,
+        on_stall: Callable[[], None] = lambda: None,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -60,7 +64,9 @@ class Supervisor:
         self._scratch = scratch
         self._worker = worker
         self._command = tuple(runner_command)
-        self._oom_kills = oom_kills
+        self._oom_kills, self._on_stall = oom_kills, on_stall
+        self._metrics, self._tracing = metrics or Metrics(), tracing or Tracing()
+        self._settlement = Settlement(settings, database, storage, self._metrics, until=lambda: self._drain_by)
         self._here: set[str] = set()
         self._lock = threading.Lock()
         self.drain = threading.Event()
@@ -92,16 +98,33 @@ class Supervisor:
         if claim is None:
             logger.info("%s: the doorbell found nothing to claim", job_id)
             return "not claimed"
+        with about(job=claim.job_id, attempt=claim.attempt, token=claim.token, worker=self._worker):
+            return self._attempt(claim, before)
+
+    def _attempt(self, claim: Claim, before: float) -> str:
+        """From the claim, which was asked for at ``before``, to the end."""
         logger.info("%s attempt %d: claimed, token %d", claim.job_id, claim.attempt, claim.token)
-        keeper = LeaseKeeper(self._database, claim, ttl_seconds=self._settings.lease_ttl_seconds, claimed_at=before)
+        span = self._tracing.begin("job", parent=claim.traceparent)
+        phases = Phases(self._metrics, span, method=_method(claim))
+        keeper = LeaseKeeper(
+            self._database,
+            claim,
+            ttl_seconds=self._settings.lease_ttl_seconds,
+            claimed_at=before,
+            stall_seconds=self._settings.stall_seconds,
+            elsewhere_at=lambda: self._storage.moved_at,
+            on_stall=self._on_stall,
+        )
         with keeper, self._scratch.attempt(claim.job_id, claim.token) as folder:
             try:
-                ending = _Attempt(self, claim, keeper, folder).work()
+                ending = _Attempt(self, claim, keeper, folder, phases).work()
             except Exception as error:
                 # A fault of ours: the job goes back to the queue at once, within its budget.
                 logger.exception("%s attempt %d: the supervisor failed", claim.job_id, claim.attempt)
                 ending = Ending("lost", why=f"supervisor: {type(error).__name__}")
-            outcome = self._settle(claim, keeper, ending)
+            outcome = self._settlement.settle(claim, keeper, ending)
+        phases.end()
+        span.end("job", traced(claim, outcome, _method(claim)), failed=outcome in ("failed", "lost", "unsettled"))
         logger.info("%s attempt %d: %s", claim.job_id, claim.attempt, outcome)
         return outcome
 
@@ -113,9 +136,15 @@ class Supervisor:
             nonlocal unsure
             adopt, unsure = unsure, True
             with self._database.transaction() as session:
-                if adopt and (found := leases.adopt(session, job_id, worker=self._worker)) is not None:
-                    return found
-                return leases.claim(session, job_id, worker=self._worker, ttl_seconds=self._settings.lease_ttl_seconds)
+                claim = leases.claim(
+                    session,
+                    job_id,
+                    worker=self._worker,
+                    ttl_seconds=self._settings.lease_ttl_seconds,
+                    running_jobs=self._settings.tenant_running_jobs,
+                )
+                # Asked second: the claim waits for the COMMIT whose reply was lost, where that is still on its way.
+                return leases.adopt(session, job_id, worker=self._worker) if claim is None and adopt else claim
 
         limit = time.monotonic() + self._settings.lease_ttl_seconds
         try:
@@ -129,75 +158,15 @@ class Supervisor:
         except GaveUp:
             return None  # a queued job is rung again; a lease that nobody knows of is reaped
 
-    def _settle(self, claim: Claim, keeper: LeaseKeeper, ending: Ending) -> str:
-        """Bring the attempt's end into the database, or learn that it is not ours to bring."""
-        if ending.kind == "gone":
-            self._erase_own(claim)
-            return "lost"
-        limit = time.monotonic() + SETTLING_SECONDS
-
-        def going_on() -> bool:
-            return time.monotonic() < min(limit, self._drain_by)
-
-        notes: list[tuple[str, dict[str, Any] | None]] = []
-
-        def once(ending: Ending) -> str:
-            notes.extend(keeper.take_notes())
-            with self._database.transaction() as session:
-                for phase, progress in notes:
-                    leases.record_progress(session, claim, phase=phase, progress=progress)
-                return ending.write(session, claim, self._settings) or self._already(session, claim, ending)
-
-        def settle(ending: Ending) -> str:
-            what = f"{claim.job_id}: ending"
-            return patiently(lambda: once(ending), away=database_away, going_on=going_on, what=what)
-
-        last_words = internal("The runner's last words hold something that the database refuses.")
-        try:
-            # What the database refuses once it would refuse again: first the progress is given up, then the ending.
-            for words in (ending, ending, last_words):
-                try:
-                    outcome = settle(words)
-                    break
-                except DataError as error:
-                    what = type(error.orig).__name__
-                    logger.error("%s attempt %d: its end cannot be stored (%s)", *_name(claim), what)
-                    notes.clear()
-            else:
-                return "unsettled"
-        except GaveUp:
-            return "unsettled"  # the reaper will find the lease expired
-        if outcome == "lost":
-            self._erase_own(claim)
-        return outcome
-
-    @staticmethod
-    def _already(session: Any, claim: Claim, ending: Ending) -> str:
-        """The fenced statements changed nothing: our own earlier COMMIT arrived after all, or the lease is gone."""
-        now = leases.standing(session, claim.job_id)
-        if now is None or now.token != claim.token:
-            return "lost"
-        if now.published_prefix is not None and now.published_prefix == ending.prefix:
-            return now.status
-        # Our token, yet not held: we or the reaper gave it back; either way what we wrote is referenced by nobody.
-        return now.status if ending.prefix is None else "lost"
-
-    def _erase_own(self, claim: Claim) -> None:
-        """Leave no artifacts behind that nobody will ever name."""
-        try:
-            self._storage.erase(object_keys.attempt_prefix(claim.tenant_id, claim.job_id, claim.token))
-        except Exception as error:
-            logger.warning("%s attempt %d: leftovers stay (%s)", claim.job_id, claim.attempt, type(error).__name__)
-
 
 class _Attempt:
     """The time between claim and ending. ``work`` says how it ended and touches no status."""
 
-    def __init__(self, supervisor: Supervisor, claim: Claim, keeper: LeaseKeeper, folder: Path) -> None:
+    def __init__(self, supervisor: Supervisor, claim: Claim, keeper: LeaseKeeper, folder: Path, phases: Phases) -> None:
         self._supervisor = supervisor
         self._settings = supervisor._settings
         self._database, self._storage = supervisor._database, supervisor._storage
-        self._claim, self._keeper, self._folder = claim, keeper, folder
+        self._claim, self._keeper, self._folder, self._phases = claim, keeper, folder, phases
         self._result: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
 
@@ -208,19 +177,20 @@ class _Attempt:
         except inputs.InputMissing as error:
             told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
             return Ending.failed("user_error", told)
-        except GaveUp:
+        except (GaveUp, Stopped):
             return self._interrupted()
         if ending.artifacts is None:
             return ending
+        self._phases.enter("publishing")
         self._keeper.note("publishing")
         try:
             return patiently(
-                lambda: ending.uploaded(self._storage, self._claim),
+                lambda: ending.uploaded(self._storage, self._claim, self._may_save),
                 away=store_away,
                 going_on=self._may_save,
                 what=f"{self._claim.job_id}: artifact upload",
             )
-        except GaveUp:
+        except (GaveUp, Stopped):
             return self._interrupted()
 
     def _plan(self) -> inputs.Plan:
@@ -318,13 +288,14 @@ class _Attempt:
         )
 
     def _watch(self, process: RunnerProcess, states: StateKeeper, kept: AssetKeeper) -> None:
-        """Relay until the runner has said its last; stop it on cancel and drain, kill it once the lease may be lost.
+        """Relay until the runner has said its last; stop it on cancel, deadline and drain, kill it without a lease.
 
         A runner that hangs in a driver still reads its beats: what it does not do is talk, so silence ends it too.
         """
         kill_at: float | None = None
         heard_at = time.monotonic()
         while not process.ended:
+            self._keeper.moved()
             message = process.next_message(POLL_SECONDS)
             if message is not None:
                 heard_at = time.monotonic()
@@ -337,12 +308,12 @@ class _Attempt:
                 logger.warning("%s attempt %d: the lease is lost; killing the runner", *self._name())
                 process.kill()
                 return
-            if kill_at is None and (self._keeper.cancel.is_set() or self._supervisor.drain.is_set()):
-                cancel = self._keeper.cancel.is_set()
-                grace = self._settings.cancel_grace_seconds if cancel else self._settings.drain_grace_seconds
+            if kill_at is None and (self._keeper.unwanted.is_set() or self._supervisor.drain.is_set()):
+                unwanted = self._keeper.unwanted.is_set()
+                grace = self._settings.cancel_grace_seconds if unwanted else self._settings.drain_grace_seconds
                 kill_at = time.monotonic() + grace
                 process.terminate()
-            if kill_at is not None and self._keeper.cancel.is_set():
+            if kill_at is not None and self._keeper.unwanted.is_set():
                 kill_at = min(kill_at, time.monotonic() + self._settings.cancel_grace_seconds)
             if kill_at is not None and time.monotonic() > kill_at:
                 logger.warning("%s attempt %d: the runner did not stop in time; killing it", *self._name())
@@ -356,6 +327,7 @@ class _Attempt:
             if phase not in ("validating", "replay", "fisher", "unlearning", "evaluating"):
                 raise Malformed("an unknown phase")
             progress = {key: value for key, value in message.items() if key != "type"} if kind == "progress" else None
+            self._phases.enter(phase)
             self._keeper.note(phase, progress)
         elif kind == "state":
             path, step = message.get("path"), message.get("step")
@@ -371,29 +343,41 @@ class _Attempt:
 
     def _wait_for(self, states: StateKeeper, kept: AssetKeeper) -> None:
         """The last state of an interrupted attempt is what the next one starts from, and so is what it worked out."""
-        if self._result is not None or self._keeper.cancel.is_set():
+        if self._result is not None or self._keeper.unwanted.is_set():
             return
-        while self._may_save() and not states.wait(STATE_WAIT_SECONDS):
+        while self._worth_saving() and not states.wait(STATE_WAIT_SECONDS):
             continue
-        while self._error is None and self._may_save() and not kept.wait(STATE_WAIT_SECONDS):
+        while self._error is None and self._worth_saving() and not kept.wait(STATE_WAIT_SECONDS):
             continue
 
     def _interrupted(self) -> Ending:
         """Why an attempt without a result of its own stopped."""
         if self._keeper.taken:
             return Ending("gone")
-        if self._keeper.cancel.is_set():
-            return Ending("cancelled")
+        if self._keeper.unwanted.is_set():
+            return Ending("stopped")
         if self._supervisor.drain.is_set():
             return Ending("released")
         return Ending("lost", why="the database did not answer for a whole lease")
 
     def _going_on(self) -> bool:
-        return self._keeper.held and not self._keeper.cancel.is_set() and not self._supervisor.drain.is_set()
+        self._keeper.moved()
+        return self._wanted() and not self._supervisor.drain.is_set()
 
     def _may_save(self) -> bool:
-        """States and artifacts are still worth their upload while draining: that is what the drain is for."""
-        return self._keeper.held and not self._keeper.cancel.is_set() and time.monotonic() < self._supervisor._drain_by
+        """States and artifacts are still worth their upload while draining: that is what the drain is for.
+
+        Asked by who uploads, between two tries.
+        """
+        self._keeper.moved()
+        return self._worth_saving()
+
+    def _worth_saving(self) -> bool:
+        """The same, asked by who waits for an upload, and would not notice that it stands still."""
+        return self._wanted() and time.monotonic() < self._supervisor._drain_by
+
+    def _wanted(self) -> bool:
+        return self._keeper.held and not self._keeper.unwanted.is_set()
 
     def _name(self) -> tuple[str, int]:
         return _name(self._claim)
@@ -401,3 +385,7 @@ class _Attempt:
 
 def _name(claim: Claim) -> tuple[str, int]:
     return claim.job_id, claim.attempt
+
+
+def _method(claim: Claim) -> str:
+    return "import" if claim.kind == "import" else str(claim.request.get("method"))

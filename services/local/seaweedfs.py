@@ -76,6 +76,9 @@ class SeaweedFS(Server):
             "ip.bind": LOOPBACK,
             "disableHttp": "true",
             "bucket": BUCKET,
+            # What it would resume it learns from its one volume server anyway; until a resumed master has elected
+            # itself it turns that away, which then comes back after 5 s, or answers after 20.
+            "master.resumeState": "false",
             "master.telemetry": "false",
             "master.volumeSizeLimitMB": _VOLUME_MEGABYTES,
             "volume.max": _VOLUMES,

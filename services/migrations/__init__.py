@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
-__all__ = ["alembic_config", "at_head", "upgrade"]
+__all__ = ["MigrationBlocked", "alembic_config", "at_head", "upgrade"]
 
 CONFIGURATION = Path(__file__).resolve().with_name("alembic.ini")
+
+
+LOCK_NOT_AVAILABLE = "55P03"
+
+
+class MigrationBlocked(Exception):
+    """A step waited too long for a lock that somebody holds; the schema is as the last complete step left it."""
 
 
 def alembic_config(database_url: str | None = None) -> Any:
@@ -23,11 +31,31 @@ def alembic_config(database_url: str | None = None) -> Any:
     return config
 
 
-def upgrade(database_url: str, revision: str = "head") -> None:
-    """Migrate up to a revision; safe to call from several hosts at once."""
+def upgrade(database_url: str, revision: str = "head", *, lock_timeout: str | None = None) -> None:
+    """Migrate up to a revision; safe to call from several hosts at once.
+
+    Args:
+        database_url: Which database.
+        revision: Up to where.
+        lock_timeout: How long each statement waits for its lock, as PostgreSQL writes it; None: 5s.
+
+    Raises:
+        MigrationBlocked: A lock was not to be had within that time. The step is undone; run it again.
+    """
     from alembic import command
 
-    command.upgrade(alembic_config(database_url), revision)
+    config = alembic_config(database_url)
+    config.attributes["lock_timeout"] = lock_timeout
+    try:
+        command.upgrade(config, revision)
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            raise
+        raise MigrationBlocked(
+            "A table stayed locked by another session, so that the step which needs it was undone; the schema is as "
+            "the step before left it. End what holds the lock (a long transaction: see pg_stat_activity) and run this "
+            "again."
+        ) from error
 
 
 @lru_cache(maxsize=1)

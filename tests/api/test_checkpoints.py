@@ -168,14 +168,14 @@ def test_file_goes_after_a_database_error_only_if_no_row_names_it(
     monkeypatch: pytest.MonkeyPatch,
     committed: bool,
 ) -> None:
-    register = api.checkpoints._register
+    register = api.checkpoints.register_source
 
-    def unlucky(*arguments: Any) -> Any:
+    def unlucky(*arguments: Any, **options: Any) -> Any:
         if committed:
-            register(*arguments)
+            register(*arguments, **options)
         raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
 
-    monkeypatch.setattr(api.checkpoints, "_register", unlucky)
+    monkeypatch.setattr(api.checkpoints, "register_source", unlucky)
 
     answer = serve(create_app(settings), api_key).post("/checkpoints", content=safetensors(), headers=BINARY)
 

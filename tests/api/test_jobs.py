@@ -294,6 +294,18 @@ def test_ended_job_cannot_be_cancelled(client: httpx.Client, job_id: str, publis
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:forgetd:problem:job-ended")
 
 
+def test_an_ended_job_is_refused_while_somebody_has_its_row_locked(
+    client: httpx.Client, job_id: str, publish: Callable[..., Any], database: Database
+) -> None:
+    publish(job_id)
+
+    with database.transaction() as session:
+        session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
+        answer = client.post(f"/jobs/{job_id}/cancel", timeout=PATIENCE_SECONDS)
+
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:forgetd:problem:job-ended")
+
+
 def test_whole_queue_can_be_cancelled(client: httpx.Client, body: dict[str, Any], database: Database) -> None:
     made = [client.post("/jobs/forget", json=body).json()["id"] for _ in range(10)]
 

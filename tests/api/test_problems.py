@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEAD = "127.0.0.1:9"  # the discard port: nobody listens
 CANARY = "Ada-Lovelace-51.5074N"
 Serve = Callable[..., httpx.Client]
-OPEN_PATHS = {"/healthz", "/readyz"}
+OPEN_PATHS = {"/healthz", "/readyz", "/metrics"}
 
 
 def leaves(error: type[ForgetdError] = ForgetdError) -> Iterator[type[ForgetdError]]:

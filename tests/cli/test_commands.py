@@ -43,6 +43,8 @@ COMMANDS = [
     ["keys", "create"],
     ["keys", "list"],
     ["keys", "revoke"],
+    ["tenants", "list"],
+    ["tenants", "limit"],
 ]
 
 

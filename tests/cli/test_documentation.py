@@ -14,8 +14,8 @@ from services.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("howto-*.md")), ROOT / "docs" / "running.md"]
-ALONE = ("up", "demo", "migrate", "train")
-GROUPS = ("checkpoints", "classifiers", "images", "jobs", "keys")
+ALONE = ("up", "demo", "migrate", "train", "doctor", "worker")
+GROUPS = ("checkpoints", "classifiers", "images", "jobs", "keys", "tenants")
 COMMAND = re.compile(rf"(?<![\w/.\-])forgetd ((?:{'|'.join(ALONE)}|(?:{'|'.join(GROUPS)}) [a-z]+)\b[^\n`#|)]*)")
 
 

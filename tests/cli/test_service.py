@@ -22,13 +22,13 @@ def test_it_runs_inside_a_process_and_leaves_nothing(tmp_path: Path) -> None:
         with Client(service.url, service.key) as client:
             assert client.ready()
             assert list(client.jobs()) == []
-        os.kill(first["gpu.flow"], signal.SIGKILL)
-        again = eventually(lambda: service.pids.get("gpu.flow", first["gpu.flow"]) != first["gpu.flow"])
+        os.kill(first["worker-gpu"], signal.SIGKILL)
+        again = eventually(lambda: service.pids.get("worker-gpu", first["worker-gpu"]) != first["worker-gpu"])
 
     assert again
-    assert set(first) == {"gateway", "control", "gpu.flow", "cpu.convert"}
+    assert set(first) == {"gateway", "control", "worker-gpu", "worker-cpu"}
     assert len(told) == 1
-    assert "gpu.flow ended unexpectedly" in told[0]
+    assert "worker-gpu ended unexpectedly" in told[0]
     assert service.environment["FORGETD_LEASE_TTL_SECONDS"] == "3"
     assert service.pids == {}
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads  # of which one of an earlier test may have ended meanwhile

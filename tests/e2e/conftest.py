@@ -49,12 +49,18 @@ def faces() -> Faces:
     return load_faces(image_size=IMAGE_SIZE)
 
 
+def untrained(faces: Faces, generator: torch.Generator) -> Glow:
+    """A Glow that has seen no more of them than its initialisation asks for."""
+    flow = Glow((1, IMAGE_SIZE, IMAGE_SIZE), N_BITS, n_block=2, n_flow=4, hidden=32, affine=True, generator=generator)
+    flow.initialize(dequantize(quantize(faces.training(), N_BITS), N_BITS, generator))
+    return flow
+
+
 @pytest.fixture(scope="session")
 def base(faces: Faces) -> Glow:
     """A Glow that has learnt 36 people."""
     generator = torch.Generator().manual_seed(0)
-    flow = Glow((1, IMAGE_SIZE, IMAGE_SIZE), N_BITS, n_block=2, n_flow=4, hidden=32, affine=True, generator=generator)
-    flow.initialize(dequantize(quantize(faces.training(), N_BITS), N_BITS, generator))
+    flow = untrained(faces, generator)
     recipe = TrainingRecipe(steps=TRAINING_STEPS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small only wait for each other in more
@@ -63,10 +69,8 @@ def base(faces: Faces) -> Glow:
     return flow
 
 
-@pytest.fixture(scope="session")
-def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """The checkpoint file and photos of the person, of the other people in training, and of people who are not."""
-    folder = tmp_path_factory.mktemp("material")
+def written(base: Glow, faces: Faces, folder: Path) -> Material:
+    """The checkpoint and the photos as files."""
     save_checkpoint(folder / "base.safetensors", base)
     return Material(
         base=folder / "base.safetensors",
@@ -74,6 +78,12 @@ def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory)
         others=write_images(faces.training(without=PERSON), folder / "others"),
         strangers=write_images(faces.held_out(), folder / "strangers"),
     )
+
+
+@pytest.fixture(scope="session")
+def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """The checkpoint file and photos of the person, of the other people in training, and of people who are not."""
+    return written(base, faces, tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="package")

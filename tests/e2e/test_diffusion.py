@@ -14,9 +14,8 @@ from cli.client import Client
 from cli.resources import Checkpoint, Job
 from examples import captioned_digits as digits
 from examples.digits import export_onnx
-from models.checkpoints import save_checkpoint
 from tests.e2e.helpers import SECONDS, events
-from tests.unlearning.tiny_diffusion import trained_ddpm
+from tests.unlearning.tiny_diffusion import trained_file
 from tests.worker.runs import one_thread
 
 ASKED = "a good picture of zero"
@@ -31,10 +30,8 @@ def _phases(client: Client, job: Job) -> list[str]:
     return [event.data["phase"] for event in events(client, job, "phase")]
 
 
-def test_a_class_of_a_ddpm_comes_to_show_another(client: Client, tmp_path: Path) -> None:
-    with one_thread():
-        save_checkpoint(tmp_path / "ddpm.safetensors", trained_ddpm())
-    checkpoint = client.push_checkpoint(tmp_path / "ddpm.safetensors", name="stripes")
+def test_a_class_of_a_ddpm_comes_to_show_another(client: Client, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint = client.push_checkpoint(trained_file(tmp_path_factory), name="stripes")
 
     job = client.forget(
         checkpoint.id,

@@ -17,12 +17,24 @@ from torch import Tensor
 from cli.client import Client
 from cli.errors import CheckpointRejected
 from cli.resources import Job
+from examples.orl import Faces
 from models import Glow
-from tests.e2e.conftest import IMAGE_SIZE, N_BITS, Material
+from tests.e2e.conftest import IMAGE_SIZE, N_BITS, Material, untrained, written
 
 SECONDS = 240.0
 FACTS = {"image_size": IMAGE_SIZE, "n_bits": N_BITS}
 State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(faces: Faces) -> Glow:
+    """What is refused here needs to have learnt nothing."""
+    return untrained(faces, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def material(base: Glow, faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return written(base, faces, tmp_path_factory.mktemp("untrained"))
 
 
 def _published(base: Glow) -> State:

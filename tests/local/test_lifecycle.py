@@ -39,6 +39,15 @@ def stack(tmp_path: Path) -> Iterator[LocalStack]:
     stack.stop()
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A stack with something in each server, which tests leave as it was."""
+    stack = LocalStack(tmp_path_factory.mktemp("written"), durable=False)
+    _write(stack.start())
+    yield stack
+    stack.stop()
+
+
 @pytest.fixture
 def database_only(tmp_path: Path) -> Iterator[LocalStack]:
     """The same with PostgreSQL alone."""
@@ -206,17 +215,15 @@ def test_a_stranger_with_the_recorded_process_id_is_left_alone(database_only: Lo
 
 
 @pytest.mark.parametrize("name", ["postgres", "valkey", "seaweedfs"])
-def test_a_killed_server_comes_back_at_its_url_with_its_data(stack: LocalStack, name: str) -> None:
-    urls = stack.start()
-    _write(urls)
-    before = stack.pids[name]
+def test_a_killed_server_comes_back_at_its_url_with_its_data(written: LocalStack, name: str) -> None:
+    urls, before = written.urls, written.pids[name]
 
-    stack.kill_server(name)
-    assert name not in stack.pids
-    stack.start_server(name)
+    written.kill_server(name)
+    assert name not in written.pids
+    written.start_server(name)
 
-    assert stack.pids[name] != before
-    assert stack.urls == urls
+    assert written.pids[name] != before
+    assert written.urls == urls
     assert _read(urls)[0] == CONTENT
     assert _read(urls)[2] == CONTENT
 
@@ -231,15 +238,15 @@ def test_a_server_that_crashed_by_itself_restarts(database_only: LocalStack) -> 
     assert _read_row(urls) == CONTENT
 
 
-def test_orderly_restarts_keep_everything(stack: LocalStack) -> None:
-    urls = stack.start()
-    _write(urls)
+def test_orderly_restarts_keep_everything(written: LocalStack) -> None:
+    with redis.Redis.from_url(written.urls.broker_url) as broker:
+        broker.set("kept", CONTENT)  # which a kill may have cost it
 
-    stack.restart_seaweedfs()
-    stack.restart_valkey()
-    stack.restart_postgres()
+    written.restart_seaweedfs()
+    written.restart_valkey()
+    written.restart_postgres()
 
-    assert _read(urls) == [CONTENT] * 3
+    assert _read(written.urls) == [CONTENT] * 3
 
 
 def test_two_stacks_beside_each_other(stack: LocalStack, tmp_path: Path) -> None:
@@ -254,13 +261,11 @@ def test_two_stacks_beside_each_other(stack: LocalStack, tmp_path: Path) -> None
         assert _read(other_urls) == [CONTENT] * 3
 
 
-def test_one_folder_holds_one_stack(stack: LocalStack) -> None:
-    stack.start()
-
+def test_one_folder_holds_one_stack(written: LocalStack) -> None:
     with pytest.raises(LocalServerError, match="Another forgetd"):
-        LocalStack(stack.data_dir).start()
+        LocalStack(written.data_dir).start()
 
-    assert set(stack.pids) == {"postgres", "valkey", "seaweedfs"}
+    assert set(written.pids) == {"postgres", "valkey", "seaweedfs"}
 
 
 def test_a_port_that_somebody_took_is_replaced(stack: LocalStack) -> None:

@@ -58,7 +58,7 @@ def _job(database: Database, caller: Caller, request: dict[str, Any], *, ended: 
 
 def _erasable(database: Database) -> list[str]:
     with database.transaction() as session:
-        return [row.id for row in image_sets.erasable(session)]
+        return list(image_sets.condemn(session))
 
 
 def _request(role: str, image_set_id: str) -> dict[str, Any]:

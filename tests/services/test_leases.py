@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from services import jobs, leases
+from services import dispatch, jobs, leases, reaper
 from services.database import Database
 from services.ids import new_id
 from services.leases import Claim
-from services.tables import Checkpoint, Job, JobEvent, WorkerSlot
+from services.tables import Checkpoint, Job, JobEvent
 from services.tenancy import Caller
 
 TTL = 30.0
@@ -39,7 +39,7 @@ class Protocol:
                 )
             )
 
-    def queue(self, *, kind: str = "forget", queue: str = "gpu.flow", priority: int = 0) -> str:
+    def queue(self, *, kind: str = "forget", queue: str = "gpu.flow", **values: Any) -> str:
         job_id = new_id("job")
         with self.database.transaction() as session:
             session.add(
@@ -48,10 +48,10 @@ class Protocol:
                     tenant_id=self.caller.tenant_id,
                     kind=kind,
                     queue=queue,
-                    priority=priority,
                     checkpoint_id=self.checkpoint_id,
                     request={},
                     seed=0,
+                    **values,
                 )
             )
         return job_id
@@ -72,9 +72,9 @@ class Protocol:
         """The holder fell silent a lease ago."""
         self.change(job_id, lease_until=func.clock_timestamp() - timedelta(seconds=1))
 
-    def claim(self, job_id: str, worker: str = "worker") -> Claim | None:
+    def claim(self, job_id: str, worker: str = "worker", *, running_jobs: int | None = None) -> Claim | None:
         with self.database.transaction() as session:
-            return leases.claim(session, job_id, worker=worker, ttl_seconds=TTL)
+            return leases.claim(session, job_id, worker=worker, ttl_seconds=TTL, running_jobs=running_jobs)
 
     def claimed(self, job_id: str, worker: str = "worker") -> Claim:
         claim = self.claim(job_id, worker)
@@ -98,6 +98,17 @@ class Protocol:
         with self.database.transaction() as session:
             return leases.fail(session, claim, reason="internal", problem={})
 
+    def miss(self, claim: Claim) -> bool:
+        """The run ended, missed its criteria, and has a report to show."""
+        with self.database.transaction() as session:
+            return leases.fail(
+                session, claim, reason="criteria_not_met", problem={}, prefix=prefix_of(claim), artifacts=[]
+            )
+
+    def expire_held(self, claim: Claim) -> bool:
+        with self.database.transaction() as session:
+            return leases.expire(session, claim)
+
     def cancelled(self, claim: Claim) -> bool:
         with self.database.transaction() as session:
             return leases.cancelled(session, claim)
@@ -112,7 +123,7 @@ class Protocol:
 
     def lose(self, claim: Claim, budget: int = 5) -> str | None:
         with self.database.transaction() as session:
-            return leases.lose(session, claim, why="signal 9", budget=budget)
+            return reaper.lose(session, claim, why="signal 9", budget=budget)
 
     def progress(self, claim: Claim) -> bool:
         with self.database.transaction() as session:
@@ -124,7 +135,7 @@ class Protocol:
 
     def reap(self, budget: int = 5) -> dict[str, str]:
         with self.database.transaction() as session:
-            return {job.id: leases.reap(session, job, budget=budget) for job in leases.expired_leases(session)}
+            return {job.id: reaper.reap(session, job, budget=budget) for job in reaper.expired_leases(session)}
 
     def cancel(self, job_id: str) -> None:
         with self.database.transaction() as session:
@@ -132,15 +143,15 @@ class Protocol:
 
     def see(self, worker: str = "worker", queues: tuple[str, ...] = ("gpu.flow",), slots: int = 1) -> None:
         with self.database.transaction() as session:
-            leases.see_worker(session, worker, list(queues), slots)
+            dispatch.see_worker(session, worker, list(queues), slots)
 
-    def due(self) -> list[str]:
+    def due(self, **options: Any) -> list[str]:
         with self.database.transaction() as session:
-            return [job_id for job_id, _ in leases.dispatchable(session, ring_seconds=RING)]
+            return [job_id for job_id, _ in dispatch.dispatchable(session, ring_seconds=RING, **options)]
 
     def stamp(self, *job_ids: str) -> None:
         with self.database.transaction() as session:
-            leases.stamp_dispatched(session, list(job_ids))
+            dispatch.stamp_dispatched(session, list(job_ids))
 
 
 def prefix_of(claim: Claim) -> str:
@@ -336,7 +347,7 @@ def test_a_job_that_pauses_is_not_rung(protocol: Protocol) -> None:
 
 
 def test_a_failed_import_rejects_its_checkpoint(protocol: Protocol) -> None:
-    job_id = protocol.queue(kind="import", queue="cpu.convert")
+    job_id = protocol.queue(kind="import", queue="cpu")
     protocol.claimed(job_id)
     protocol.expire(job_id)
 
@@ -344,71 +355,3 @@ def test_a_failed_import_rejects_its_checkpoint(protocol: Protocol) -> None:
 
     with protocol.database.transaction() as session:
         assert session.get_one(Checkpoint, protocol.checkpoint_id).status == "rejected"
-
-
-# Dispatch.
-
-
-def test_bells_ring_for_free_slots_only_best_first(protocol: Protocol) -> None:
-    low, high, middle = protocol.queue(priority=-1), protocol.queue(priority=5), protocol.queue()
-    protocol.see(slots=2)
-
-    due = protocol.due()
-
-    assert due == [high, middle]
-    assert low not in due
-
-
-def test_nothing_rings_without_a_worker(protocol: Protocol) -> None:
-    protocol.queue()
-    protocol.see(queues=("cpu.convert",))
-
-    assert protocol.due() == []
-
-
-def test_a_rung_bell_is_silent_until_the_interval_is_over(protocol: Protocol) -> None:
-    job_id = protocol.queue()
-    protocol.see(slots=5)
-    protocol.stamp(job_id)
-
-    assert protocol.due() == []
-    protocol.change(job_id, dispatched_at=func.clock_timestamp() - timedelta(seconds=RING + 1))
-    assert protocol.due() == [job_id]
-
-
-def test_a_busy_worker_is_not_rung_from_its_other_queue(protocol: Protocol) -> None:
-    protocol.see(queues=("gpu.flow", "cpu.convert"))
-    protocol.claimed(protocol.queue(queue="cpu.convert"))
-    protocol.queue()
-
-    assert protocol.due() == []
-
-
-def test_the_lease_of_a_dead_worker_takes_no_slot(protocol: Protocol) -> None:
-    protocol.see("dead")
-    protocol.claimed(protocol.queue(), "dead")
-    with protocol.database.transaction() as session:
-        session.execute(update(WorkerSlot).values(seen_at=func.clock_timestamp() - timedelta(minutes=1)))
-    protocol.see("alive")
-    job_id = protocol.queue()
-
-    assert protocol.due() == [job_id]
-
-
-def test_two_control_loops_ring_different_bells(protocol: Protocol) -> None:
-    first, second = protocol.queue(), protocol.queue()
-    protocol.see()
-
-    with protocol.database.transaction() as one, protocol.database.transaction() as other:
-        rung = [leases.dispatchable(session, ring_seconds=RING) for session in (one, other)]
-
-    assert [job_id for rows in rung for job_id, _ in rows] == [first, second]
-
-
-def test_a_retired_worker_is_not_rung(protocol: Protocol) -> None:
-    protocol.queue()
-    protocol.see()
-    with protocol.database.transaction() as session:
-        leases.retire_worker(session, "worker")
-
-    assert protocol.due() == []

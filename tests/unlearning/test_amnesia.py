@@ -1,11 +1,10 @@
-"""Selective Amnesia: a class shows something else on fresh samples, the others stay, and runs can be resumed."""
+"""Selective Amnesia: a class shows something else on fresh samples, the others stay."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from unlearning import (
     Fisher,
     FisherError,
     InputError,
-    Interrupted,
     Noise,
     ParameterError,
     Pool,
@@ -171,23 +169,6 @@ def test_the_papers_penalty_is_half_lambda_times_the_weighted_square_of_the_drif
     told, computed = zip(*seen, strict=True)
     assert told[0] == 0
     assert told[1:] == pytest.approx(computed[:-1], rel=1e-4)  # each step tells the penalty of the weights before it
-
-
-@pytest.mark.parametrize("boundary", [3, 4, 11])
-def test_a_resumed_run_ends_as_one_that_was_never_interrupted(boundary: int, run: Run, tmp_path: Path) -> None:
-    def stop(step: Step) -> None:
-        if step.step == boundary:
-            step.snapshot().save(tmp_path / "state.safetensors")
-            raise Interrupted
-
-    whole = run(SHORT)
-    with pytest.raises(Interrupted):
-        run(SHORT, callback=stop)
-    resumed = run(SHORT, state=State.load(tmp_path / "state.safetensors"))
-
-    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
-    assert resumed.history == whole.history
-    assert (resumed.met, resumed.check) == (whole.met, whole.check)
 
 
 def test_a_state_of_another_run_is_refused(run: Run) -> None:

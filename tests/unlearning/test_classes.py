@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -20,9 +19,7 @@ from tests.unlearning.tiny import DiagonalGaussian, labelled_tarflow
 from unlearning.classes import relearn_probe, remove_class, set_class_distribution, tame_class
 from unlearning.errors import InputError, ParameterError
 from unlearning.likelihood import nll_of
-from unlearning.progress import Interrupted, Step
 from unlearning.randomness import stream
-from unlearning.state import State
 from unlearning.taming_parameters import TamingParameters
 
 N_BITS = 8
@@ -314,28 +311,6 @@ def test_taming_that_does_not_reach_the_criterion_is_called_access_removal() -> 
     assert not result.taming.met
     assert result.kind == "access removal"
     assert "the criterion was not met" in result.statement
-
-
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been() -> None:
-    pictures, label = spots(60)
-    short = dataclasses.replace(PARAMETERS, max_steps=4, delta=20.0)
-    saved: list[State] = []
-
-    def stop(step: Step) -> None:
-        if step.step == 2:
-            saved.append(step.snapshot())
-            raise Interrupted
-
-    def run(**more: Any) -> Any:
-        images = (pictures[label == 1], pictures[label != 1])
-        return tame_class(random_flow(), 1, *images, short, n_bits=N_BITS, seed=0, **more)
-
-    with pytest.raises(Interrupted):
-        run(callback=stop)
-
-    whole, resumed = run(), run(state=saved[0])
-    for key, value in whole.flow.state_dict().items():
-        assert torch.equal(value, resumed.flow.state_dict()[key])
 
 
 def test_a_tarflow_of_classes_is_tamed_from_its_embedding_on() -> None:

@@ -162,20 +162,6 @@ def test_a_base_within_its_bounds_is_left_alone(base: Glow) -> None:
     assert all(torch.equal(value, result.flow.state_dict()[name]) for name, value in base.state_dict().items())
 
 
-@pytest.mark.parametrize("boundary", [1, 4, 7, 8, 11])
-def test_a_resumed_run_ends_bit_equal(base: Glow, tmp_path: Path, boundary: int) -> None:
-    wanted, path = [side({"left": (0.0, 0.2)}), light({})], tmp_path / "state.safetensors"
-    whole = steer(base, wanted, SHORT, n_bits=N_BITS, seed=3)
-
-    with pytest.raises(Interrupted):
-        steer(base, wanted, SHORT, n_bits=N_BITS, seed=3, callback=StopAfter(boundary, path))
-    again = steer(base, wanted, SHORT, n_bits=N_BITS, seed=3, state=State.load(path))
-
-    assert whole.steps == SHORT.max_steps
-    assert (again.history, again.fractions) == (whole.history, whole.fractions)
-    assert all(torch.equal(value, again.flow.state_dict()[name]) for name, value in whole.flow.state_dict().items())
-
-
 def is_left(images: Tensor) -> Tensor:
     """The other answer."""
     return 1 - is_right(images)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
+from models.checkpoints import save_checkpoint
 from models.conditional import NO_CONDITION
 from models.ddpm import ClassDDPM
 from tests.unlearning.tiny_conditional import CLASSES, SHAPE, stripes
+from tests.worker.runs import one_thread
 
 
 def trained_ddpm(steps: int = 150) -> ClassDDPM:
@@ -34,3 +40,16 @@ def trained_ddpm(steps: int = 150) -> ClassDDPM:
         optimiser.step()
         schedule.step()
     return model.eval()
+
+
+def trained_file(factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint, trained once for all workers of a run: it takes seven seconds of a core."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of this run too
+    path, half = folder / "tiny-ddpm.safetensors", folder / f"tiny-ddpm-{os.getpid()}.safetensors"
+    if not path.exists():
+        with one_thread():
+            save_checkpoint(half, trained_ddpm())
+        half.replace(path)
+    return path

@@ -1,16 +1,13 @@
-"""How a job of Selective Amnesia is changed and stopped, what its run announced, and how a later run gets that."""
+"""How a job of Selective Amnesia is changed, what its run announced, and how a later run gets that."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.worker.runs import Bench, Ended, one_thread
+from tests.worker.runs import Bench, Ended
 
 QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
 """Parameters that suit the tiny VAE."""
@@ -19,20 +16,6 @@ QUICK = {"max_steps": 1500, "batch": 64, "learning_rate": 3e-3}
 def changed(**changes: Any) -> Callable[[Bench], None]:
     """A change of a job, for tables of what is refused."""
     return lambda bench: bench.job.update(changes)
-
-
-def stop_and_resume(bench: Bench, number: signal.Signals) -> Ended:
-    """Stop a run by a signal once it has a state of twelve steps, and resume it; how the stopped one ended."""
-
-    def stop_at_a_state(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
-        if message["type"] == "state" and message["step"] >= 12:
-            os.kill(process.pid, number)
-
-    ended = bench.run(during=stop_at_a_state)
-    bench.resume_from(max((bench.folder / "state").glob("*.safetensors")))
-    with one_thread():
-        bench.run_here()
-    return ended
 
 
 def phases_of(ended: Ended) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,9 @@ from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tenancy import Caller
 from tests.unlearning.tiny_conditional import trained_vae
-from tests.worker.helpers import HERE, Jobs, Process, control_command, worker_command
+from tests.worker import processes as children
+from tests.worker.helpers import HERE, QUEUE, Jobs
+from tests.worker.processes import Forked, Process
 from tests.worker.runs import one_thread
 from worker.scratch import Scratch
 from worker.supervisor import Supervisor
@@ -31,32 +32,50 @@ def jobs(database: Database, storage: ObjectStorage, caller: Caller, tmp_path: P
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[list[str]], Process]]:
-    """Starts processes on the test's settings; none survives the test."""
+def keep(tmp_path: Path) -> Iterator[Callable[[Callable[[Path], Process]], Process]]:
+    """Gives what starts a process a file for its output; none survives the test."""
     processes: list[Process] = []
-    numbers = itertools.count()
 
-    def start(command: list[str]) -> Process:
-        process = Process(command, environment, tmp_path / f"process-{next(numbers)}.log")
-        processes.append(process)
-        return process
+    def keep(begin: Callable[[Path], Process]) -> Process:
+        processes.append(begin(tmp_path / f"process-{len(processes)}.log"))
+        return processes[-1]
 
-    yield start
+    yield keep
     for process in processes:
         process.close()
         sys.stdout.write(f"--- {process.log.name}\n{process.log.read_text()}\n")  # shown when the test fails
 
 
 @pytest.fixture
-def start_worker(start: Callable[[list[str]], Process]) -> Callable[[], Process]:
-    """Starts a worker with the stub runner."""
-    return lambda: start(worker_command())
+def start(keep: Callable[..., Process], environment: dict[str, str]) -> Callable[..., Process]:
+    """Starts command lines on the test's settings, or on others."""
+
+    def start(command: list[str], other: dict[str, str] | None = None) -> Process:
+        return keep(lambda log: Process(command, other or environment, log))
+
+    return start
 
 
 @pytest.fixture
-def start_control(start: Callable[[list[str]], Process]) -> Callable[[], Process]:
+def fork(keep: Callable[..., Process], environment: dict[str, str]) -> Callable[..., Process]:
+    """Forks one of `tests.worker.processes` on the test's settings, or on others."""
+
+    def fork(what: Callable[..., int], *arguments: object, other: dict[str, str] | None = None) -> Process:
+        return keep(lambda log: Forked(what, *arguments, environment=other or environment, log=log))
+
+    return fork
+
+
+@pytest.fixture
+def start_worker(fork: Callable[..., Process]) -> Callable[[], Process]:
+    """Starts a worker with the stub runner."""
+    return lambda: fork(children.worker, QUEUE)
+
+
+@pytest.fixture
+def start_control(fork: Callable[..., Process]) -> Callable[[], Process]:
     """Starts a control loop."""
-    return lambda: start(control_command())
+    return lambda: fork(children.control_loop)
 
 
 @pytest.fixture

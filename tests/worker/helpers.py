@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,18 +18,21 @@ from services.ids import new_id
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, ImageSet, Job, JobEvent
 from services.tenancy import Caller
+from tests.worker.processes import HERE, PATIENCE_SECONDS, ROOT, Process
+
+__all__ = [
+    "HERE", "LONG", "PATIENCE_SECONDS", "QUEUE", "ROOT", "TERMINAL", "Jobs", "Process", "alive", "control_command",
+    "eventually", "short_lease", "worker_command",
+]  # fmt: skip
 
 T = TypeVar("T")
 
 # For tests that wait for a lease to end. It is renewed four times in it: a stall of some seconds does not cost it.
 short_lease = pytest.mark.parametrize("lease_ttl_seconds", [6.0])
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 QUEUE = "gpu.flow"
 LONG = {"steps": 100_000, "step_seconds": 0.02, "state_every": 5}  # until it is stopped
 TERMINAL = ("succeeded", "failed", "cancelled")
-PATIENCE_SECONDS = 60.0  # for conditions, on a machine that others load; only a failing test waits this long
 
 
 def eventually(question: Callable[[], T], *, within: float = PATIENCE_SECONDS, what: str = "") -> T:
@@ -117,6 +117,7 @@ class Jobs:
         image_set_id = parameters.pop("image_set", None)
         criteria = parameters.pop("criteria", {})
         remember = parameters.pop("remember", {"generated": 64})
+        deadline_at = parameters.pop("deadline_at", None)
         request = {
             **(asked or {"method": "flow-taming", "target": {"images": image_set_id or self.image_set()}}),
             "remember": remember,
@@ -131,6 +132,7 @@ class Jobs:
                     kind=kind,
                     queue=queue,
                     priority=priority,
+                    deadline_at=deadline_at,
                     checkpoint_id=self.checkpoint_id,
                     request=request,
                     seed=7,
@@ -181,44 +183,6 @@ class Jobs:
         """What the job has in the store, below its own prefix."""
         prefix = object_keys.job_prefix(self.tenant_id, job_id)
         return sorted(key.removeprefix(prefix) for key in self.storage.keys(prefix))
-
-
-class Process:
-    """A child in a session of its own, its output in a file."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-                stdout=stream,
-                stderr=stream,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def send(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        self.send(signal.SIGKILL)
-        self._process.wait()
-
-    def wait(self) -> int:
-        return self._process.wait(PATIENCE_SECONDS)
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def close(self) -> None:
-        if self.running():
-            self.send(signal.SIGCONT)
-            self.kill()
 
 
 def control_command() -> list[str]:

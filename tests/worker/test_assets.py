@@ -18,7 +18,7 @@ from services import object_keys
 from services import storage as storage_module
 from services.database import Database
 from services.settings import Settings
-from services.storage import PART_BYTES, ObjectStorage, file_sha256
+from services.storage import PART_BYTES, ObjectStorage, Stopped, file_sha256
 from services.tables import Checkpoint
 from services.tenancy import Caller
 from tests.worker.helpers import Jobs
@@ -194,12 +194,12 @@ def test_file_that_somebody_wants_is_there_whatever_its_size(storage: ObjectStor
     (tmp_path / "file").write_bytes(b"a" * size)
     storage.put(key, b"what was there", media_type="text/plain")
 
-    refused = storage.put_file_while(key, tmp_path / "file", lambda: False)
+    with pytest.raises(Stopped):
+        storage.put_file(key, tmp_path / "file", going_on=lambda: False)
     before = storage.read(key)
-    stored = storage.put_file_while(key, tmp_path / "file", lambda: True)
+    stored = storage.put_file(key, tmp_path / "file", going_on=lambda: True)
 
-    assert (refused, before) == (None, b"what was there")
-    assert stored is not None
+    assert before == b"what was there"
     assert stored.bytes == size
     assert storage.fetch(key, tmp_path / "copy") == stored.sha256 == file_sha256(tmp_path / "file")
     assert (tmp_path / "copy").read_bytes() == b"a" * size
@@ -211,9 +211,9 @@ def test_file_that_nobody_wants_any_more_leaves_nothing(storage: ObjectStorage, 
     (tmp_path / "file").write_bytes(bytes(3 * PART_BYTES))
     asked = itertools.count()
 
-    stored = storage.put_file_while(key, tmp_path / "file", lambda: next(asked) < looks)
+    with pytest.raises(Stopped):
+        storage.put_file(key, tmp_path / "file", going_on=lambda: next(asked) < looks)
 
-    assert stored is None
     assert storage.keys(key) == []
     assert storage.unfinished(key) == []
 

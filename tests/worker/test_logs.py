@@ -9,8 +9,8 @@ from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 
 from services.database import Database
+from services.logs import LineFormatter
 from services.tables import Tenant
-from worker.logs import LineFormatter
 
 CANARY = "Jane Example"
 

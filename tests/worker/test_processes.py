@@ -8,10 +8,19 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from services import leases
+from services import dispatch, leases
 from services.settings import Settings
 from tests.conftest import Servers
-from tests.worker.helpers import QUEUE, Jobs, Process, alive, eventually, short_lease
+from tests.worker.helpers import (
+    QUEUE,
+    Jobs,
+    Process,
+    alive,
+    control_command,
+    eventually,
+    short_lease,
+    worker_command,
+)
 
 # Outlives every wait of a test, until it is resumed: then it hurries.
 LONG = {"steps": 2000, "step_seconds": 0.05, "state_every": 5, "hurry": True}
@@ -19,9 +28,9 @@ LONG = {"steps": 2000, "step_seconds": 0.05, "state_every": 5, "hurry": True}
 Start = Callable[[], Process]
 
 
-def test_a_queued_job_is_rung_run_and_published(jobs: Jobs, start_worker: Start, start_control: Start) -> None:
-    controls = [start_control(), start_control()]
-    worker = start_worker()
+def test_a_queued_job_is_rung_run_and_published(jobs: Jobs, start: Callable[[list[str]], Process]) -> None:
+    controls = [start(control_command()), start(control_command())]
+    worker = start(worker_command())
     job_id = jobs.queue()
 
     row = jobs.end(job_id)
@@ -102,7 +111,7 @@ def test_a_bell_that_the_broker_lost_is_rung_again(
     jobs: Jobs, settings: Settings, start_worker: Start, start_control: Start
 ) -> None:
     with jobs.database.transaction() as session:
-        leases.see_worker(session, "not listening yet", [QUEUE], 1)
+        dispatch.see_worker(session, "not listening yet", [QUEUE], 1)
     start_control()
     job_id = jobs.queue()
     eventually(lambda: jobs.row(job_id).dispatched_at is not None)

@@ -76,7 +76,7 @@ def test_a_drain_in_the_middle_of_the_fisher_information_loses_nothing(
     janitor.sweep(jobs.database, jobs.storage)
 
     assert (left, ended) == ("queued", "cancelled")
-    assert "state/work/partial-fisher.safetensors" in kept
+    assert "state/own/partial-fisher.safetensors" in kept
     phases = [data["phase"] for kind, data in jobs.events(job_id) if kind == "phase"]
     assert phases == ["fisher", "fisher", "unlearning"]
     assert jobs.keys(job_id) == []

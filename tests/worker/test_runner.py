@@ -65,7 +65,7 @@ class RealJobs:
             )
             session.add(checkpoint)
             session.flush()
-            job = job_rows.create_import(session, checkpoint, actor="test")
+            job = job_rows.create_import(session, checkpoint, actor="test", open_jobs=10)
         return checkpoint_id, job.id
 
     def images(self, count: int, *, seed: int = 1) -> str:

@@ -1,11 +1,10 @@
-"""Selective Amnesia through the runner: a class of a small VAE forgotten, replaced, resumed, refused."""
+"""Selective Amnesia through the runner: a class of a small VAE forgotten, replaced, refused."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from evidence.amnesia_schema import AmnesiaReport
 from models.checkpoints import load_conditional, read_manifest, save_checkpoint
 from models.vae import ConditionalVAE
 from tests.unlearning.tiny_conditional import stripes, trained_vae
-from tests.worker.amnesia_runs import QUICK, assets_of, changed, given, phases_of, stop_and_resume
+from tests.worker.amnesia_runs import QUICK, assets_of, changed, given, phases_of
 from tests.worker.judges import write_bands
 from tests.worker.runs import Bench, Ended, one_thread, tiny
 
@@ -342,39 +341,6 @@ def test_a_model_whose_loss_is_no_number_is_refused(amnesia: Amnesia, tmp_path: 
 
     assert problem["type"] == "urn:forgetd:problem:checkpoint-refused"
     assert "not finite" in problem["detail"] or "NaN" in problem["detail"]
-
-
-def _far(amnesia: Amnesia, folder: Path) -> Bench:
-    """A goal so far away that the run ends when its steps are used up."""
-    return amnesia(
-        folder,
-        parameters={**QUICK, "max_steps": 60},
-        criteria={"forgotten_at_most": 0.01, "others_within": 0.05},
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(amnesia: Amnesia, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """A run that nobody stopped."""
-    bench = _far(amnesia, tmp_path_factory.mktemp("undisturbed"))
-    with one_thread():
-        bench.run_here()
-    return bench
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
-def test_a_run_that_is_stopped_resumes_to_the_same_bits(
-    number: signal.Signals, status: int, undisturbed: Bench, amnesia: Amnesia, tmp_path: Path
-) -> None:
-    stopped = _far(amnesia, tmp_path)
-
-    ended = stop_and_resume(stopped, number)
-
-    report = stopped.report()
-    assert ended.status == status
-    assert report["provenance"]["resumed_from_step"] >= 12
-    assert stopped.digest() == undisturbed.digest()
-    assert report["shares"] == undisturbed.report()["shares"]
 
 
 def test_the_papers_mode_uses_the_information_of_all_classes(amnesia: Amnesia, tmp_path: Path) -> None:

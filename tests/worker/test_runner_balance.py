@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from evidence.amnesia_schema import BalanceReport
 from models.checkpoints import read_manifest, save_checkpoint
 from tests.models.sd_cases import tiny as tiny_stable_diffusion
 from tests.unlearning.tiny_conditional import stripes
-from tests.worker.amnesia_runs import QUICK, changed, phases_of, stop_and_resume
+from tests.worker.amnesia_runs import QUICK, changed, phases_of
 from tests.worker.judges import write_bands, write_brightness
 from tests.worker.runs import Bench, one_thread
 
@@ -225,18 +224,3 @@ def test_a_mixture_that_uses_up_the_tolerance_is_refused(prompted_file: Path, tm
 
     assert problem["type"] == "urn:forgetd:problem:target-unreachable"
     assert (problem["class"], problem["measured"]) == ("dark", 0.0)
-
-
-def test_a_run_that_is_stopped_resumes_to_the_same_bits(balance: Balance, tmp_path: Path) -> None:
-    undisturbed, stopped = balance(tmp_path / "undisturbed"), balance(tmp_path / "stopped")
-    for bench in (undisturbed, stopped):
-        bench.job["parameters"] = {**QUICK, "max_steps": 40}
-
-    with one_thread():
-        undisturbed.run_here()
-    ended = stop_and_resume(stopped, signal.SIGTERM)
-
-    assert ended.status == 75
-    assert stopped.report()["provenance"]["resumed_from_step"] >= 12
-    assert stopped.digest() == undisturbed.digest()
-    assert stopped.report()["shares"] == undisturbed.report()["shares"]

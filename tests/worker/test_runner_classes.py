@@ -14,7 +14,7 @@ from models.checkpoints import load_checkpoint
 from models.class_prior import ClassPriorFlow
 from models.families import FLOWS
 from models.protocol import CheckpointedFlow
-from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, Recorder, blobs, generator, one_thread, tiny
+from tests.worker.runs import N_BITS, SIDE, TINY, Bench, Ended, Recorder, blobs, generator, tiny
 from unlearning.classes import CLASS_TAMING, remove_class
 from worker.runner.base import load_base
 from worker.runner.class_bounds import gone
@@ -282,15 +282,3 @@ def test_a_long_reading_says_how_far_it_is(tmp_path: Path) -> None:
     own.judge(blobs(30))
 
     assert (recorder.messages[-1]["step"], recorder.messages[-1]["total"]) == (150, 150)
-
-
-def test_class_taming_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    straight, resumed = _in_the_weights(tmp_path / "straight"), _in_the_weights(tmp_path / "resumed")
-
-    with one_thread():
-        straight.run_here()
-        resumed.resume_from(min((tmp_path / "straight" / "state").glob("*.safetensors")))
-        result = resumed.run_here().result
-
-    assert 0 < resumed.report()["provenance"]["resumed_from_step"] < result["summary"]["steps"]
-    assert resumed.digest() == straight.digest()

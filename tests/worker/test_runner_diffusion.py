@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoints import load_conditional, save_checkpoint
+from models.checkpoints import load_conditional
 from models.conditional import GuidedConditional, Sampling
 from tests.unlearning.tiny_conditional import judged
-from tests.unlearning.tiny_diffusion import trained_ddpm
+from tests.unlearning.tiny_diffusion import trained_file
 from tests.worker.amnesia_runs import assets_of, given, phases_of
 from tests.worker.judges import write_bands
-from tests.worker.runs import Bench, Ended, one_thread
+from tests.worker.runs import Bench, Ended
 
 FORGOTTEN, OTHER = 0, 1
 CRITERIA = {"forgotten_at_most": 0.1, "others_within": 0.08}
@@ -29,10 +29,7 @@ Amnesia = Callable[..., Bench]
 @pytest.fixture(scope="module")
 def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DDPM that draws three classes of stripes."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with one_thread():
-        save_checkpoint(path, trained_ddpm())
-    return path
+    return trained_file(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

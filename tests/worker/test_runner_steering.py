@@ -211,15 +211,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
-def test_a_run_that_is_stopped_resumes_to_the_same_bits(
-    undisturbed: Bench, number: int, status: int, tmp_path: Path
-) -> None:
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(undisturbed: Bench, tmp_path: Path) -> None:
     stopped = _far(tmp_path)
 
     def stop_at_a_state(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
         if message["type"] == "state" and message["step"] == 12:
-            os.kill(process.pid, number)
+            os.kill(process.pid, signal.SIGTERM)  # killed at every boundary: test_resume_laws
 
     ended = stopped.run(during=stop_at_a_state)
     stopped.resume_from(max((tmp_path / "state").glob("*.safetensors")))
@@ -227,7 +224,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(
         stopped.run_here()
 
     report = stopped.report()
-    assert ended.status == status
+    assert ended.status == 75
     assert report["provenance"]["resumed_from_step"] >= 12
     assert report["provenance"]["steps"] == 30
     assert stopped.digest() == undisturbed.digest()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from models.checkpoints import load_conditional, save_checkpoint
+from models.conditional import PromptConditional
 from models.stable_diffusion_xl import StableDiffusionXL
 from tests.models.sd_cases import POSITIONS
 from tests.models.sdxl_cases import tiny_xl
@@ -42,7 +44,7 @@ def test_a_concept_that_is_cut_off_is_refused_at_its_place(job: Job) -> None:
     asked = {"target": {"concept": "zero"}, "remember": {"concepts": ["one", "photo " * 200]}}
 
     with pytest.raises(UserError, match="would be cut off") as refused:
-        concepts_of(asked, job.base.model)  # type: ignore[arg-type]  # the model of this job reads prompts
+        concepts_of(asked, cast(PromptConditional, job.base.model))
 
     assert refused.value.problem["errors"][0]["pointer"] == "/remember/concepts/1"
 
@@ -50,8 +52,9 @@ def test_a_concept_that_is_cut_off_is_refused_at_its_place(job: Job) -> None:
 def test_its_training_is_planned_or_refused_before_it_starts(job: Job) -> None:
     base = job.base
     trained = list(base.model.scopes()["cross-attention"])
+    latent_shape = cast(StableDiffusionXL, base.model).latent_shape
     condition = torch.cat([base.conditions.trained(label)[:1] for label in range(len(base.conditions.names))])
-    examples = Examples(torch.randn(len(condition), *base.model.latent_shape), condition)  # type: ignore[attr-defined]
+    examples = Examples(torch.randn(len(condition), *latent_shape), condition)
     parameters = AmnesiaParameters(batch=4, replay_batch=4)
 
     plan = fit_training(base, trained, parameters, examples, lambda _: 2**30)

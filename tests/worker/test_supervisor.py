@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import func, update
 
 from services import jobs as job_rows
-from services import leases
+from services import reaper
 from services.settings import Settings
 from services.tables import Job
 from services.tenancy import Caller
@@ -30,8 +30,8 @@ def reap(jobs: Jobs, job_id: str) -> None:
         session.execute(
             update(Job).where(Job.id == job_id).values(lease_until=func.clock_timestamp() - timedelta(seconds=1))
         )
-        for job in leases.expired_leases(session):
-            leases.reap(session, job, budget=5)
+        for job in reaper.expired_leases(session):
+            reaper.reap(session, job, budget=5)
 
 
 def test_a_job_is_claimed_run_and_published(supervisor: Supervisor, jobs: Jobs) -> None:

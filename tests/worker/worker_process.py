@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from services.logs import configure_logging
 from services.settings import get_settings
-from worker.logs import configure_logging
 from worker.main import serve
 
 STUB = Path(__file__).with_name("stub_runner.py")
 
-if __name__ == "__main__":
+
+def main(queues: Sequence[str]) -> int:
+    """Work on these queues."""
     configure_logging()
-    raise SystemExit(serve(get_settings(), queues=sys.argv[1].split(","), runner_command=(sys.executable, str(STUB))))
+    return serve(get_settings(), queues=list(queues), runner_command=(sys.executable, str(STUB)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1].split(",")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,32 +19,45 @@ SHARE_OF_TIME = 0.02
 
 
 class Cadence:
-    """Says when it is time to save: after 60 s, and before that as soon as saving costs 2 % of the time."""
+    """Says when it is time to save: after 60 s, and before that as soon as saving costs 2 % of the time.
 
-    def __init__(self) -> None:
-        self._saved_at, self._cost = time.monotonic(), 0.0
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._saved_at, self._cost = now(), 0.0
 
     def due(self) -> bool:
         """Whether it is time."""
         cheap = max(SHORTEST_SECONDS, self._cost / SHARE_OF_TIME)
-        return time.monotonic() - self._saved_at >= min(LONGEST_SECONDS, cheap)
+        return self._now() - self._saved_at >= min(LONGEST_SECONDS, cheap)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Around a save, which tells what one costs."""
-        before = time.monotonic()
+        before = self._now()
         yield
-        self._saved_at = time.monotonic()
+        self._saved_at = self._now()
         self._cost = self._saved_at - before
 
 
 class StateSchedule:
-    """Saves a state of the method when it is time, and after 5 % of the steps in any case."""
+    """Saves a state of the method when it is time, and after 5 % of the steps in any case.
 
-    def __init__(self, folder: Path, reporter: Reporter) -> None:
+    Whoever is killed loses the step at work, which cannot be split, and of those before it less than 60 s and 5 %.
+
+    Args:
+        folder: the job's; states are written below it.
+        reporter: told of every state.
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, folder: Path, reporter: Reporter, now: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._reporter = folder, reporter
         self._saved_step: int | None = None
-        self._cadence = Cadence()
+        self._cadence = Cadence(now)
 
     def offer(self, step: Step) -> None:
         """Save this boundary if it is time."""

@@ -1,0 +1,114 @@
+"""``python -m tests.chaos``: a run of chaos and its audit. The last line is JSON; 1 unless everything was kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.chaos.audit import Findings, audit, leftovers_of_processes, settled
+from tests.chaos.callers import Callers
+from tests.chaos.faults import CATALOGUE, plan
+from tests.chaos.figures import figures
+from tests.chaos.fleet import Fleet, Shape, database_of, running_fleet, storage_of, until
+from tests.chaos.material import upload
+from tests.chaos.monkey import Monkey
+
+SETTLE_SECONDS = 180.0  # after the last fault, for everything that waits to end
+SHOWN = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--faults", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=330.0, help="in which jobs and faults come (default: 330)")
+    parser.add_argument("--ttl", type=float, default=6.0, help="of a lease, in seconds (default: 6)")
+    parser.add_argument("--pace", type=float, default=1.0, help="length of the stub's steps (default: 1)")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--only", action="append", default=[], choices=list(CATALOGUE), help="faults of this kind alone"
+    )
+    parser.add_argument("--keep", type=Path, help="work in this new folder, and leave the logs there")
+    given = parser.parse_args(argv)
+    folder = (given.keep or Path(tempfile.mkdtemp(prefix="forgetd-chaos-"))).resolve()
+    try:
+        result = run(folder, given)
+    finally:
+        if given.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(result), flush=True)  # noqa: T201 the result
+    return 0 if result["kept"] else 1
+
+
+def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
+    """One run; the keys are those of the last line."""
+    began = time.monotonic()
+    shape = Shape(workers=given.workers, lease_ttl_seconds=given.ttl, pace=given.pace)
+    with running_fleet(folder, shape, given.seed) as fleet:
+        material = upload(fleet, folder / "material")
+        _say(f"{time.monotonic() - began:5.0f} s: the fleet is up")
+        callers = Callers(fleet, material, seed=given.seed, count=given.jobs, seconds=given.seconds)
+        monkey = Monkey(fleet, plan(fleet, given.seed, given.faults, given.only), given.seconds)
+        monkey.start()
+        callers.run()
+        _say(f"{time.monotonic() - began:5.0f} s: {len(callers.promised.jobs)} jobs were accepted")
+        monkey.finish()
+        _say(f"{time.monotonic() - began:5.0f} s: {sum(monkey.done.values())} faults are done and over")
+        findings = _judged(fleet, callers)
+        with database_of(fleet.settings) as database:
+            measured = figures(database, fleet.trace, callers.promised, monkey.broken)
+    for what, sentences in vars(findings).items():
+        for sentence in sentences[:SHOWN]:
+            _say(f"{what}: {sentence}")
+    for kind, count in sorted(monkey.done.items()):
+        _say(f"{count:5d}  {kind}")
+    return {
+        "jobs": len(callers.promised.jobs),
+        "faults": sum(monkey.done.values()),
+        "lost": len(findings.lost),
+        "stuck": len(findings.stuck),
+        "published_twice": len(findings.published_twice),
+        "orphans": len(findings.orphans),
+        "seconds": round(time.monotonic() - began, 1),
+        "seed": given.seed,
+        "kept": not findings.any() and len(callers.promised.jobs) > 0 and not callers.promised.gave_up,
+        "held_by_the_dead": len(findings.held_by_the_dead),
+        "other_laws_broken": len(findings.broken),
+        "real_jobs": len(callers.promised.real),
+        "faults_that_hit_nothing": monkey.broken.missed,
+        "drains_cut": monkey.broken.drains_cut,
+        "kinds_left_out": sorted(set(given.only or CATALOGUE) - set(monkey.done)),
+        "lease_ttl_seconds": given.ttl,
+        **measured,
+    }
+
+
+def _judged(fleet: Fleet, callers: Callers) -> Findings:
+    with database_of(fleet.settings) as database:
+        try:
+            until(lambda: settled(database), SETTLE_SECONDS, "every job has ended and is swept")
+        except TimeoutError as late:
+            _say(str(late))  # the audit says which
+        findings = audit(database, storage_of(fleet.settings), callers.promised, fleet.trace)
+    scratches = [fleet.folder / f"scratch-{number}" for number in range(fleet.shape.workers)]
+    if fleet.small_disk is not None:
+        scratches[-1] = Path(f"/proc/{fleet.workers[-1].pid}/root{fleet.small_disk}")
+    left = leftovers_of_processes(fleet.folder, scratches)
+    findings.orphans += left.orphans
+    findings.held_by_the_dead += left.held_by_the_dead
+    return findings
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 progress of a long run
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,229 @@
+"""The auditor: rows, events, audit trail, store, scratch and processes after the faults, against what was promised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from services import object_keys
+from services.database import Database
+from services.storage import ObjectStorage
+from services.tables import AuditEvent, Checkpoint, ImageSet, Job, JobEvent
+from tests.chaos.callers import Promised
+from tests.chaos.profile import is_real, profile
+from worker import janitor
+
+__all__ = ["Findings", "audit", "leftovers_of_processes", "settled"]
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+ENDS = tuple(f"job.{status}" for status in TERMINAL)
+SWEEP_SECONDS = 60.0
+
+
+@dataclass
+class Findings:
+    """What is wrong, by promise; each entry a sentence about one job or object."""
+
+    lost: list[str] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
+    published_twice: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    held_by_the_dead: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # any other law
+
+    def any(self) -> bool:
+        """Whether something is wrong."""
+        return any(vars(self).values())
+
+
+def settled(database: Database) -> bool:
+    """Whether every job has ended, and the janitor has been behind each."""
+    with database.transaction() as session:
+        waiting = select(Job.id).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None)).limit(1)
+        return session.scalar(waiting) is None
+
+
+def audit(database: Database, storage: ObjectStorage, promised: Promised, trace: Path) -> Findings:
+    """Everything that can be seen from database, store and trace, once the fleet has settled."""
+    findings = Findings()
+    janitor.sweep(database, storage)
+    janitor.tidy(database, storage, unfinished=timedelta(), stale=timedelta())  # nobody uploads or computes any more
+    with database.transaction() as session:
+        jobs = list(session.scalars(select(Job)))
+        _promises(findings, promised, {job.id: job for job in jobs})
+        _ends(findings, session, jobs)
+        _leases(findings, jobs)
+        _attempts(findings, session, jobs)
+        _personal(findings, session, promised)
+        referenced = _referenced(session, jobs)
+    nonces = _nonces(trace)
+    for job in jobs:
+        if job.published_prefix is not None and job.kind != "import":
+            _publication(findings, storage, job, nonces)
+    _orphans(findings, storage, referenced)
+    return findings
+
+
+def _promises(findings: Findings, promised: Promised, jobs: dict[str, Job]) -> None:
+    findings.lost += [f"{job_id} was accepted and has no row" for job_id in promised.jobs if job_id not in jobs]
+    findings.stuck += [f"{job.id} is {job.status}" for job in jobs.values() if job.status not in TERMINAL]
+    findings.broken += [f"the key {key} was answered with two jobs" for key in promised.two_for_one]
+    findings.broken += [f"refused: {answer}" for answer in promised.refused]
+    seeds = Counter(job.seed for job in jobs.values() if job.kind != "import")
+    findings.broken += [f"{count} jobs for one request (seed {seed})" for seed, count in seeds.items() if count > 1]
+    for job_id, seed in promised.jobs.items():
+        job = jobs.get(job_id)
+        if job is None or job.status not in TERMINAL:
+            continue
+        ended, wanted = _how(job), _expected(promised, job_id, seed)
+        if ended not in wanted:
+            findings.broken.append(f"{job_id} ended as {ended}; expected {' or '.join(sorted(wanted))}")
+
+
+def _how(job: Job) -> str:
+    return f"failed: {job.reason}" if job.status == "failed" else job.status
+
+
+def _expected(promised: Promised, job_id: str, seed: int) -> set[str]:
+    """How a job may end after all that."""
+    if job_id in promised.cancelled:
+        return {"cancelled"} | ({"failed: deadline_exceeded"} if job_id in promised.hurried else set())
+    wanted = {"failed: attempts_exhausted"}
+    if job_id in promised.hurried:
+        wanted.add("failed: deadline_exceeded")
+    if is_real(seed):
+        return wanted | {"succeeded", "failed: criteria_not_met"}
+    ending = profile(seed).ending
+    return wanted | {ending if ending == "succeeded" else f"failed: {ending}"}
+
+
+def _ends(findings: Findings, session: Session, jobs: Iterable[Job]) -> None:
+    """Each job has one terminal event and one audit event of its end, and nothing happens after it."""
+    events: dict[str, list[str]] = defaultdict(list)
+    for row in session.execute(select(JobEvent.job_id, JobEvent.type).order_by(JobEvent.id)):
+        events[row.job_id].append(row.type)
+    audited: dict[str, list[str]] = defaultdict(list)
+    for row in session.execute(select(AuditEvent.subject, AuditEvent.action).where(AuditEvent.action.in_(ENDS))):
+        audited[row.subject].append(row.action)
+    for job in jobs:
+        ends = [event for event in events[job.id] if event in TERMINAL]
+        if ends.count("succeeded") > 1 or audited[job.id].count("job.succeeded") > 1:
+            findings.published_twice.append(f"{job.id} succeeded {ends.count('succeeded')} times")
+        if job.status in TERMINAL and (ends != [job.status] or audited[job.id] != [f"job.{job.status}"]):
+            findings.broken.append(f"{job.id} is {job.status}, its ends are {ends}, audited {audited[job.id]}")
+        if ends and events[job.id][-1] not in TERMINAL:
+            findings.broken.append(f"{job.id}: {events[job.id][-1]} happened after its end")
+
+
+def _leases(findings: Findings, jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if job.status in TERMINAL and (job.lease_until is not None or job.worker is not None):
+            findings.held_by_the_dead.append(f"{job.id} has ended and is held by {job.worker}")
+
+
+def _attempts(findings: Findings, session: Session, jobs: Iterable[Job]) -> None:
+    """Attempts are claims, less those that a drain gave back."""
+    rows = session.execute(
+        select(JobEvent.job_id, JobEvent.type, func.count()).group_by(JobEvent.job_id, JobEvent.type)
+    )
+    counts = {(job_id, kind): count for job_id, kind, count in rows}
+    for job in jobs:
+        claims, drains = counts.get((job.id, "attempt_started"), 0), counts.get((job.id, "drained"), 0)
+        if job.attempt != claims - drains:
+            findings.broken.append(f"{job.id} counts {job.attempt} attempts, with {claims} claims and {drains} drains")
+
+
+def _personal(findings: Findings, session: Session, promised: Promised) -> None:
+    kept = select(ImageSet.id).where(ImageSet.id.in_(promised.image_sets), ImageSet.erased_at.is_(None))
+    findings.orphans += [f"the images {image_set} outlive their job" for image_set in session.scalars(kept)]
+
+
+def _publication(findings: Findings, storage: ObjectStorage, job: Job, nonces: Counter[str]) -> None:
+    """What is served is whole, and was made by the attempt whose token ended the job."""
+    prefix = job.published_prefix or ""
+    if not prefix.endswith(f"/attempts/{job.fencing_token}/"):
+        findings.published_twice.append(f"{job.id} serves {prefix} and was ended by token {job.fencing_token}")
+    try:
+        manifest = json.loads(storage.read(prefix + "manifest.json"))
+        bodies = {item["name"]: storage.read(prefix + item["name"]) for item in job.artifacts or []}
+    except KeyError as gone:
+        findings.broken.append(f"{job.id} serves what is not there: {gone}")
+        return
+    digests = {name: hashlib.sha256(body).hexdigest() for name, body in bodies.items()}
+    if manifest["token"] != job.fencing_token or manifest["artifacts"] != job.artifacts:
+        findings.broken.append(f"{job.id}: the manifest is another attempt's")
+    if any(digests[item["name"]] != item["sha256"] for item in job.artifacts or []):
+        findings.broken.append(f"{job.id} serves bytes that are not those of its row")
+    if not is_real(job.seed):
+        report = json.loads(bodies["report.json"])
+        if report.get("seed") != job.seed or nonces[report.get("nonce")] != 1:
+            findings.broken.append(f"{job.id} serves a report that no attempt of it made")
+
+
+def _referenced(session: Session, jobs: Iterable[Job]) -> tuple[set[str], set[str]]:
+    """Prefixes and keys that rows name."""
+    prefixes = {job.published_prefix for job in jobs if job.published_prefix is not None}
+    keys = {key for key in session.scalars(select(Checkpoint.weights_key)) if key is not None}
+    assets = {
+        object_keys.assets_prefix(row.tenant_id, row.id)
+        for row in session.execute(select(Checkpoint.tenant_id, Checkpoint.id))
+    }
+    # Images that no accepted job is about stay for their day: a deadline may have passed while their owner tried.
+    waiting = select(ImageSet.tenant_id, ImageSet.id).where(ImageSet.erased_at.is_(None))
+    sets = {object_keys.image_set_prefix(row.tenant_id, row.id) for row in session.execute(waiting)}
+    return prefixes | assets | sets, keys
+
+
+def _orphans(findings: Findings, storage: ObjectStorage, referenced: tuple[set[str], set[str]]) -> None:
+    prefixes, keys = referenced
+    for key in storage.keys("tenants/"):
+        if key not in keys and key[: key.rfind("/") + 1] not in prefixes:
+            findings.orphans.append(f"nothing names {key}")
+    findings.orphans += [f"an upload of {key} was never finished" for key, _ in storage.unfinished("tenants/")]
+
+
+def leftovers_of_processes(folder: Path, scratches: Iterable[Path]) -> Findings:
+    """Runners that nobody watches, and folders of attempts that are over; asked while the workers idle."""
+    findings = Findings()
+    limit = time.monotonic() + 5
+    while (runners := _runners(folder)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    findings.held_by_the_dead += [f"runner {pid} still computes" for pid in runners]
+    for scratch in scratches:
+        findings.orphans += [f"{path} outlives its attempt" for path in scratch.glob("worker-*/job_*")]
+    return findings
+
+
+def _runners(folder: Path) -> list[int]:
+    """Processes whose command line names a runner and this run, and that are no worker, which names both too."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        runs = any("runner" in part for part in line[1:5]) and not any("worker_process" in part for part in line)
+        if runs and any(str(folder) in part for part in line):
+            found.append(process.pid)
+    return found
+
+
+def _nonces(trace: Path) -> Counter[str]:
+    return Counter(line["nonce"] for lines in traced(trace).values() for line in lines if line["what"] == "end")
+
+
+def traced(trace: Path) -> dict[Path, list[dict[str, Any]]]:
+    """What each runner wrote, whole lines alone."""
+    found = {}
+    for path in trace.iterdir():
+        lines = path.read_text().split("\n")[:-1]
+        found[path] = [json.loads(line) for line in lines]
+    return found

@@ -1,0 +1,173 @@
+"""Callers over HTTP: they post, repeat what was not answered, cancel some, and write down what they were promised."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.chaos.fleet import Fleet
+from tests.chaos.profile import REAL
+
+__all__ = ["Callers", "Material", "Promised"]
+
+AT_ONCE = 12
+ATTEMPT_SECONDS = 20.0
+AGAIN_SECONDS = 0.25
+PATIENCE_SECONDS = 300.0  # for one call, repeated through every outage
+WITH_IMAGES, CANCELLED, REPEATED, IN_A_HURRY = 0.2, 0.1, 0.1, 0.05
+DEADLINE_SECONDS = (2, 20)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What jobs are about: ids of checkpoints in the service, and files."""
+
+    with_classes: str  # a checkpoint with classes of its own
+    real: str  # one that the real runner tames
+    images: list[Path]
+
+
+@dataclass
+class Promised:
+    """What the service said to its callers."""
+
+    jobs: dict[str, int] = field(default_factory=dict)  # id -> seed, of every 202
+    real: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)  # a cancel of theirs was answered with 202
+    hurried: set[str] = field(default_factory=set)  # they have a deadline
+    two_for_one: list[str] = field(default_factory=list)  # a key that was answered with two jobs
+    refused: list[str] = field(default_factory=list)  # answers that no caller of these should get
+    gave_up: int = 0  # calls that nobody answered in PATIENCE_SECONDS
+    tried_again: int = 0
+    queued_cancels: list[float] = field(default_factory=list)  # seconds of the call that ended a waiting job
+    image_sets: dict[str, str] = field(default_factory=dict)  # of its id the job that used it
+
+
+class Callers:
+    """Post so many jobs in so many seconds."""
+
+    def __init__(self, fleet: Fleet, material: Material, *, seed: int, count: int, seconds: float) -> None:
+        self.promised = Promised()
+        self._fleet, self._material = fleet, material
+        self._draw, self._count, self._seconds = random.Random(f"callers {seed}"), count, seconds
+        self._first_seed = (seed * 1_000_003) % 2**40 * REAL
+        self._lock = threading.Lock()
+        self._clients = {url: httpx.Client(base_url=url, timeout=ATTEMPT_SECONDS) for url in fleet.urls}
+        self._headers = {"Authorization": f"Bearer {fleet.key.secret}"}
+
+    def run(self) -> None:
+        """Until every job was accepted, or given up."""
+        pause, began = self._seconds / self._count, time.monotonic()
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="caller") as pool:
+            posts = []
+            for number in range(self._count):
+                time.sleep(max(0.0, began + number * pause - time.monotonic()))
+                posts.append(pool.submit(self._post, self._first_seed + number, random.Random(self._draw.random())))
+            for post in posts:
+                post.result()
+        for client in self._clients.values():
+            client.close()
+
+    def _post(self, seed: int, draw: random.Random) -> None:
+        real = seed % REAL == REAL - 1
+        images = self._images(draw) if real or draw.random() < WITH_IMAGES else None
+        body: dict[str, Any] = {"seed": seed, "metadata": {"case": str(uuid.UUID(int=draw.getrandbits(128)))}}
+        if real:
+            body |= {
+                "checkpoint": self._material.real,
+                "target": {"images": images},
+                "remember": {"generated": 64},
+                "parameters": {"max_steps": 40},
+            }
+        elif images is not None:
+            body |= {"checkpoint": self._material.real, "target": {"images": images}}
+        else:
+            body |= {"checkpoint": self._material.with_classes, "target": {"class_label": draw.randrange(3)}}
+        if hurried := not real and draw.random() < IN_A_HURRY:
+            limit = datetime.now(UTC) + timedelta(seconds=draw.uniform(*DEADLINE_SECONDS))
+            body["deadline"] = limit.isoformat()
+        key = str(uuid.UUID(int=draw.getrandbits(128)))
+        job_id = self._accepted(body, key, draw)
+        if job_id is None:
+            return
+        if draw.random() < REPEATED and self._accepted(body, key, draw) != job_id:
+            self.promised.two_for_one.append(key)
+        with self._lock:
+            self.promised.jobs[job_id] = seed
+            if real:
+                self.promised.real.add(job_id)
+            if hurried:
+                self.promised.hurried.add(job_id)
+            if images is not None:
+                self.promised.image_sets[images] = job_id
+        if not real and draw.random() < CANCELLED:
+            time.sleep(draw.uniform(0, 3))
+            self._cancel(job_id, draw)
+
+    def _accepted(self, body: dict[str, Any], key: str, draw: random.Random) -> str | None:
+        answer = self._call(draw, "POST", "/jobs/forget", json=body, headers={"Idempotency-Key": key})
+        if answer is None:
+            return None
+        if answer.status_code != httpx.codes.ACCEPTED:
+            # A deadline may pass while nobody answers; then nothing was accepted.
+            if not ("deadline" in body and answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY):
+                self.promised.refused.append(f"{answer.status_code} {answer.text[:300]}")
+            return None
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    def _images(self, draw: random.Random) -> str | None:
+        files = [("images", (path.name, path.read_bytes())) for path in islice(self._material.images, 2)]
+        key = str(uuid.UUID(int=draw.getrandbits(128)))
+        answer = self._call(draw, "POST", "/image-sets", files=files, headers={"Idempotency-Key": key})
+        if answer is None or answer.status_code != httpx.codes.CREATED:
+            if answer is not None:
+                self.promised.refused.append(f"{answer.status_code} {answer.text[:300]}")
+            return None
+        image_set: str = answer.json()["id"]
+        return image_set
+
+    def _cancel(self, job_id: str, draw: random.Random) -> None:
+        before = time.monotonic()
+        answer = self._call(draw, "POST", f"/jobs/{job_id}/cancel")
+        if answer is None or answer.status_code == httpx.codes.CONFLICT:  # it had ended
+            return
+        if answer.status_code != httpx.codes.ACCEPTED:
+            self.promised.refused.append(f"{answer.status_code} {answer.text[:300]}")
+            return
+        with self._lock:
+            self.promised.cancelled.add(job_id)
+            if answer.json()["status"] == "cancelled":
+                self.promised.queued_cancels.append(time.monotonic() - before)
+
+    def _call(self, draw: random.Random, method: str, path: str, **more: Any) -> httpx.Response | None:
+        """Ask one gateway after the other until somebody answers with something else than "not now"."""
+        headers = {**self._headers, **more.pop("headers", {})}
+        urls = self._fleet.urls[:]
+        draw.shuffle(urls)
+        limit = time.monotonic() + PATIENCE_SECONDS
+        turn = 0
+        while time.monotonic() < limit:
+            try:
+                answer = self._clients[urls[turn % len(urls)]].request(method, path, headers=headers, **more)
+                if answer.status_code < 500:
+                    return answer
+            except httpx.HTTPError:
+                pass
+            turn += 1
+            with self._lock:
+                self.promised.tried_again += 1
+            time.sleep(AGAIN_SECONDS)
+        with self._lock:
+            self.promised.gave_up += 1
+        return None

@@ -1,0 +1,58 @@
+"""Lets the faults of a plan loose at an even pace; at one site one after the other."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from tests.chaos.faults import CATALOGUE, Broken, Fault
+from tests.chaos.fleet import Fleet
+
+__all__ = ["Monkey"]
+
+AT_ONCE = 6
+LAST_SECONDS = 120.0  # for what is still broken at the end to be mended
+
+
+class Monkey:
+    """Runs a plan; ``finish`` returns when everything that it broke is whole again."""
+
+    def __init__(self, fleet: Fleet, faults: list[Fault], seconds: float) -> None:
+        self.broken = Broken()
+        self.done: Counter[str] = Counter()
+        self._fleet, self._faults, self._seconds = fleet, faults, seconds
+        self._sites = {kind.site: threading.Lock() for kind in CATALOGUE.values()}
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fault")
+        self._under_way: list[Future[None]] = []
+        self._thread = threading.Thread(target=self._run, name="monkey", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the plan is through.
+
+        Raises:
+            Exception: of the first fault that could not be done: then the harness is broken, not the fleet.
+        """
+        self._thread.join()
+        for fault in self._under_way:
+            fault.result(LAST_SECONDS)
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        pause = self._seconds / max(len(self._faults), 1)
+        began = time.monotonic()
+        for number, fault in enumerate(self._faults):
+            time.sleep(max(0.0, began + number * pause - time.monotonic()))
+            self._under_way.append(self._pool.submit(self._break, fault))
+
+    def _break(self, fault: Fault) -> None:
+        kind = CATALOGUE[fault.kind]
+        with self._sites[kind.site]:
+            kind.act(self._fleet, random.Random(fault.seed), self.broken)
+        self.done[fault.kind] += 1
