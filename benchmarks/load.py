@@ -55,6 +55,8 @@ class _Connection(asyncio.Protocol):
     def send(self, raw: bytes) -> None:
         """Send a request; the answer to the one before is there."""
         assert self._transport is not None
+        if self._transport.is_closing():
+            raise ConnectionError("the server hung up")
         self._transport.write(raw)
 
     def close(self) -> None:
@@ -124,9 +126,10 @@ async def at_a_rate(url: str, raws: Sequence[bytes], *, rate: float, callers: in
 
     Raises:
         TimeoutError: A server stopped answering.
+        ConnectionError: It hung up.
     """
     load = Load()
-    idle: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
+    idle: asyncio.Queue[_Connection] = asyncio.Queue()  # in turn: a server hangs up on one that is long unused
     due_of: dict[_Connection, float] = {}
     over = asyncio.Event()
 

@@ -11,15 +11,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.chaos.audit import Findings, audit, leftovers_of_processes, settled
+from services.database import Database
+from tests.chaos.audit import Findings, audit, leftovers_of_processes, unsettled
 from tests.chaos.callers import Callers
 from tests.chaos.faults import CATALOGUE, plan
 from tests.chaos.figures import figures
-from tests.chaos.fleet import Fleet, Shape, database_of, running_fleet, storage_of, until
+from tests.chaos.fleet import Fleet, Shape, database_of, running_fleet, storage_of
 from tests.chaos.material import upload
 from tests.chaos.monkey import Monkey
 
-SETTLE_SECONDS = 180.0  # after the last fault, for everything that waits to end
+STUCK_SECONDS = 180.0  # after the last fault: when for so long nothing more has ended, the rest never will
 SHOWN = 20
 
 
@@ -92,10 +93,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
 
 def _judged(fleet: Fleet, callers: Callers) -> Findings:
     with database_of(fleet.settings) as database:
-        try:
-            until(lambda: settled(database), SETTLE_SECONDS, "every job has ended and is swept")
-        except TimeoutError as late:
-            _say(str(late))  # the audit says which
+        _settle(database)
         findings = audit(database, storage_of(fleet.settings), callers.promised, fleet.trace)
     scratches = [fleet.folder / f"scratch-{number}" for number in range(fleet.shape.workers)]
     if fleet.small_disk is not None:
@@ -104,6 +102,18 @@ def _judged(fleet: Fleet, callers: Callers) -> Findings:
     findings.orphans += left.orphans
     findings.held_by_the_dead += left.held_by_the_dead
     return findings
+
+
+def _settle(database: Database) -> None:
+    """Wait until every job has ended and is swept, for as long as they do; the audit says which did not."""
+    left = unsettled(database)
+    since = time.monotonic()
+    while left and time.monotonic() - since < STUCK_SECONDS:
+        time.sleep(0.2)
+        if (now := unsettled(database)) < left:
+            left, since = now, time.monotonic()
+    if left:
+        _say(f"{left} jobs are still waiting after {STUCK_SECONDS:.0f} s in which none ended")
 
 
 def _say(line: str) -> None:

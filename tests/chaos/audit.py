@@ -24,7 +24,7 @@ from tests.chaos.callers import Promised
 from tests.chaos.profile import is_real, profile
 from worker import janitor
 
-__all__ = ["Findings", "audit", "leftovers_of_processes", "settled"]
+__all__ = ["Findings", "audit", "leftovers_of_processes", "unsettled"]
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 ENDS = tuple(f"job.{status}" for status in TERMINAL)
@@ -47,11 +47,11 @@ class Findings:
         return any(vars(self).values())
 
 
-def settled(database: Database) -> bool:
-    """Whether every job has ended, and the janitor has been behind each."""
+def unsettled(database: Database) -> int:
+    """How many jobs have not ended, or have no janitor behind them yet."""
     with database.transaction() as session:
-        waiting = select(Job.id).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None)).limit(1)
-        return session.scalar(waiting) is None
+        waiting = select(func.count()).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None))
+        return session.scalar(waiting) or 0
 
 
 def audit(database: Database, storage: ObjectStorage, promised: Promised, trace: Path) -> Findings:

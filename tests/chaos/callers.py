@@ -160,7 +160,7 @@ class Callers:
         while time.monotonic() < limit:
             try:
                 answer = self._clients[urls[turn % len(urls)]].request(method, path, headers=headers, **more)
-                if answer.status_code < 500:
+                if answer.status_code < 500 and answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
                     return answer
             except httpx.HTTPError:
                 pass

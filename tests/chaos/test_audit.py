@@ -16,7 +16,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tables import Job, JobEvent
 from services.tenancy import Caller
-from tests.chaos.audit import Findings, audit, settled
+from tests.chaos.audit import Findings, audit, unsettled
 from tests.chaos.callers import Promised
 from tests.worker.helpers import Jobs
 from worker.scratch import Scratch
@@ -73,7 +73,7 @@ def test_a_promise_that_was_kept_is_not_found_broken(scene: Scene) -> None:
     findings = scene.audit()
 
     assert vars(findings) == vars(Findings())
-    assert settled(scene.jobs.database)
+    assert not unsettled(scene.jobs.database)
 
 
 def _lose(scene: Scene) -> None:
@@ -179,4 +179,4 @@ def test_a_job_that_nobody_swept_behind_is_not_settled(scene: Scene) -> None:
     with scene.jobs.database.transaction() as session:
         session.execute(text("UPDATE jobs SET swept_at = NULL"))
 
-    assert not settled(scene.jobs.database)
+    assert unsettled(scene.jobs.database) == 1
