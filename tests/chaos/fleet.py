@@ -50,7 +50,6 @@ class Shape:
         return {
             "FORGETD_LEASE_TTL_SECONDS": str(self.lease_ttl_seconds),
             "FORGETD_RING_SECONDS": "1",
-            "FORGETD_CONTROL_INTERVAL_SECONDS": "0.1",
             "FORGETD_CANCEL_GRACE_SECONDS": "2",
             "FORGETD_DRAIN_GRACE_SECONDS": "15",
             "FORGETD_RUNNER_SILENCE_SECONDS": "20",
