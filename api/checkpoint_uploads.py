@@ -96,6 +96,13 @@ def read(checkpoint_id: CheckpointId, caller: Authenticated, storage: AppStorage
     return Response(resource.model_dump_json(), media_type="application/json")
 
 
+@router.delete("/checkpoints/uploads/{checkpoint_id}", status_code=204, responses=documented(NotFound))
+def abort(checkpoint_id: CheckpointId, caller: Authenticated, storage: AppStorage) -> Response:
+    """End an upload that is not to be completed: what has arrived of it is gone, and its place is free."""
+    uploads.abort(storage, caller.tenant_id, uploads.find(storage, caller.tenant_id, checkpoint_id))
+    return Response(status_code=204)
+
+
 @router.post(
     "/checkpoints/uploads/{checkpoint_id}/complete",
     status_code=202,

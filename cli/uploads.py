@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cli.caller import LONG_POLL_SECONDS, WAITING_PATIENCE_SECONDS, BytesProgress, Caller, FilePath, once
-from cli.errors import CheckpointRejected, Unreachable
+from cli.errors import CheckpointRejected, ClientError, Unreachable
 from cli.parts import LARGE_BYTES, Part, StoreOutOfReach, send_parts
 from cli.resources import Checkpoint, Classifier, ImageSet
 from cli.transfers import LazyFile, digest_header, file_chunks, file_digest
 
 __all__ = ["Uploads"]
+
+ABORT_SECONDS = 5.0
 
 
 class Uploads(Caller):
@@ -202,13 +205,21 @@ class Uploads(Caller):
             digest = beside.submit(file_digest, path)
             try:
                 send_parts(path, missing, timeout=self._timeout, patience=self._transport.patience, progress=progress)
-            except StoreOutOfReach as error:
+                told = {"sha256": digest.result().hex()}
+            except BaseException as error:
+                self._abort(place)
+                if not isinstance(error, StoreOutOfReach):
+                    raise
                 if notice:
                     notice(f"{error} Sending it through the service.")
                 return None
-            told = {"sha256": digest.result().hex()}
         made: Mapping[str, Any] = self._transport.send("POST", f"{place}/complete", json=told, repeatable=True).json()
         return made
+
+    def _abort(self, place: str) -> None:
+        """An upload that stays unfinished is to count for nothing; where nobody answers, it ends by itself."""
+        with suppress(ClientError):
+            self._transport.send("DELETE", place, patience=0.0, timeout=ABORT_SECONDS)
 
     def _push(
         self, route: str, path: Path, query: Mapping[str, Any], progress: BytesProgress | None

@@ -57,6 +57,14 @@ class Multipart:
             ExpiresIn=self._seconds,
         )
 
+    def abort(self, key: str, upload_id: str) -> None:
+        """Drop one write and its parts; one that is gone stays gone."""
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload_id)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in GONE:
+                raise
+
     def abort_begun_before(self, limit: datetime, prefix: str) -> int:
         """Drop every write under a prefix that was begun before this, and its parts. Returns how many.
 

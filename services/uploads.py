@@ -21,6 +21,7 @@ __all__ = [
     "UNFINISHED_HOURS",
     "Part",
     "Upload",
+    "abort",
     "begin",
     "discard",
     "find",
@@ -155,6 +156,22 @@ def finish(
     return StoredObject(key, upload.bytes, sha256)
 
 
+def abort(storage: ObjectStorage, tenant_id: str, upload: Upload) -> None:
+    """End an upload before it is whole: what has arrived is gone. One that is joined by now is left alone.
+
+    Raises:
+        NotFound: it is joined: a checkpoint, or about to be one.
+    """
+    key = checkpoints.source_key(tenant_id, upload.id)
+    storage.multipart.abort(key, upload.store_id)
+    try:
+        storage.multipart.size(key)
+    except KeyError:
+        forget(storage, tenant_id, upload.id)
+    else:
+        raise _over(upload.id)
+
+
 def _refuse_if_over(upload: Upload) -> None:
     if datetime.fromisoformat(upload.expires_at) < datetime.now(UTC):
         raise _over(upload.id)
@@ -182,7 +199,7 @@ def _join(storage: ObjectStorage, key: str, upload: Upload) -> None:
 
 
 def forget(storage: ObjectStorage, tenant_id: str, checkpoint_id: str) -> None:
-    """The checkpoint has its row: its upload is over."""
+    """The upload is over: the checkpoint has its row, or is not to come."""
     storage.erase(object_keys.upload_record(tenant_id, checkpoint_id))
 
 

@@ -167,8 +167,9 @@ def test_another_tenants_upload_does_not_exist(
 
     statuses = [stranger.get(f"/checkpoints/uploads/{upload['id']}").status_code]
     statuses.append(complete(stranger, upload).status_code)
+    statuses.append(stranger.delete(f"/checkpoints/uploads/{upload['id']}").status_code)
 
-    assert statuses == [404, 404]
+    assert statuses == [404, 404, 404]
     assert complete(client, upload).status_code == 202
 
 
@@ -301,6 +302,37 @@ def test_what_is_complete_too_late_becomes_no_row(
     assert complete(client, upload).status_code == 404
     with database.transaction() as session:
         assert session.query(Job.id).filter_by(checkpoint_id=upload["id"]).all() == []
+
+
+def test_an_upload_that_is_ended_leaves_nothing_and_frees_its_place(
+    client: httpx.Client, storage: ObjectStorage, caller: Caller, limit: Callable[[int], None]
+) -> None:
+    limit(1)
+    upload = begin(client, PART_BYTES + 5)
+    httpx.put(upload["missing"][1]["url"], content=bytes(5), trust_env=False)
+
+    ended = client.delete(f"/checkpoints/uploads/{upload['id']}")
+    late = httpx.put(upload["missing"][0]["url"], content=bytes(PART_BYTES), trust_env=False)
+
+    assert (ended.status_code, ended.content) == (204, b"")
+    assert late.status_code == 404
+    assert begun(storage, caller) == 0
+    assert storage.keys(object_keys.checkpoint_prefix(caller.tenant_id, upload["id"])) == []
+    assert client.delete(f"/checkpoints/uploads/{upload['id']}").status_code == 404
+    begin(client)  # there is room again
+
+
+def test_an_upload_that_is_whole_is_not_ended(client: httpx.Client, storage: ObjectStorage, caller: Caller) -> None:
+    upload = begin(client)
+    send(upload)
+    joined = uploads.find(storage, caller.tenant_id, upload["id"])
+    uploads.finish(storage, caller.tenant_id, joined, sha256=SHA256, recorded=lambda: False)  # and its row is to come
+
+    ended = client.delete(f"/checkpoints/uploads/{upload['id']}")
+
+    assert ended.status_code == 404
+    assert complete(client, upload).status_code == 202
+    assert storage.read(object_keys.checkpoint_source(caller.tenant_id, upload["id"])) == FILE
 
 
 # How many at once.

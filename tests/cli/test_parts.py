@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.client import Client
-from cli.errors import Unreachable
+from cli.errors import ProblemError, Unreachable
 from cli.parts import FETCHED_PART_BYTES, LARGE_BYTES, Part, StoreOutOfReach, fetch_parts, send_parts
 from services.ids import new_id
 from services.storage import ObjectStorage
@@ -137,19 +137,33 @@ def test_checkpoint_goes_through_the_service_where_the_store_is_out_of_reach(
     begun = Answer(201, json.dumps({"id": "ckpt_1"}).encode())
     where = Answer(200, json.dumps({"missing": [part]}).encode())
     made = Answer(202, json.dumps({"id": "ckpt_2", "name": "large", "status": "validating"}).encode())
-    server, notices = make_server(begun, where, where, made), list[str]()
+    server, notices = make_server(begun, where, where, Answer(204, b""), made), list[str]()
 
     checkpoint = connect(server.url, patience=0.0).push_checkpoint(path, wait=False, notice=notices.append)
 
     assert checkpoint.id == "ckpt_2"
-    assert [request.path.partition("?")[0] for request in server.received] == [
-        "/checkpoints/uploads",
-        "/checkpoints/uploads/ckpt_1",
-        "/checkpoints/uploads/ckpt_1",  # did nothing arrive after all?
-        "/checkpoints",
+    assert [(request.method, request.path.partition("?")[0]) for request in server.received] == [
+        ("POST", "/checkpoints/uploads"),
+        ("GET", "/checkpoints/uploads/ckpt_1"),
+        ("GET", "/checkpoints/uploads/ckpt_1"),  # did nothing arrive after all?
+        ("DELETE", "/checkpoints/uploads/ckpt_1"),
+        ("POST", "/checkpoints"),
     ]
     assert len(server.received[-1].body) == LARGE_BYTES
     assert "through the service" in notices[0]
+
+
+def test_an_upload_that_comes_to_nothing_is_ended(make_server: MakeServer, connect: Connect, tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.truncate(LARGE_BYTES)
+    begun = Answer(201, json.dumps({"id": "ckpt_1"}).encode())
+    server = make_server(begun, Answer(403), Answer(204, b""))  # the key was revoked meanwhile, say
+
+    with pytest.raises(ProblemError):
+        connect(server.url, patience=0.0).push_checkpoint(path, wait=False)
+
+    assert (server.received[-1].method, server.received[-1].path) == ("DELETE", "/checkpoints/uploads/ckpt_1")
 
 
 def test_ranges_make_the_file_and_its_digest(storage: ObjectStorage, tmp_path: Path) -> None:
