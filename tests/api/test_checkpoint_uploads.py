@@ -22,7 +22,7 @@ from services.storage import ObjectStorage
 from services.tables import Job, Tenant
 from services.tenancy import Caller, NewKey
 from services.uploads import PART_BYTES
-from tests.api.store_relay import StoreRelay
+from tests.relays import AskingRelay, RelayThread
 from tests.worker.helpers import eventually
 from worker.janitor import UNFINISHED_HOURS
 
@@ -194,17 +194,18 @@ def test_file_over_the_cap_is_refused_before_it_is_sent(
 
 
 @pytest.fixture
-def relay(settings: Settings) -> Iterator[StoreRelay]:
+def relay(settings: Settings) -> Iterator[AskingRelay]:
     """What stands between a gateway and the store."""
-    relay = StoreRelay(str(settings.s3_endpoint_url))
-    yield relay
-    relay.close()
+    with RelayThread() as thread:
+        relay = AskingRelay(thread, int(str(settings.s3_endpoint_url).rpartition(":")[2]))
+        yield relay
+        relay.close()
 
 
 @pytest.fixture
-def behind(settings: Settings, relay: StoreRelay) -> Settings:
+def behind(settings: Settings, relay: AskingRelay) -> Settings:
     """The settings of that gateway; callers reach the store itself."""
-    ends = {"s3_endpoint_url": relay.url, "s3_public_endpoint_url": settings.s3_endpoint_url}
+    ends = {"s3_endpoint_url": f"http://127.0.0.1:{relay.port}", "s3_public_endpoint_url": settings.s3_endpoint_url}
     return settings.model_copy(update=ends)
 
 
@@ -218,7 +219,7 @@ def behind(settings: Settings, relay: StoreRelay) -> Settings:
     ids=["in its head", "after the little that it announced", "in its body"],
 )
 def test_a_whole_upload_outlives_an_answer_of_the_store_that_breaks_off(
-    relay: StoreRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey, answer: bytes
+    relay: AskingRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey, answer: bytes
 ) -> None:
     client = serve(create_app(behind), api_key)
     upload = begin(client)
@@ -233,7 +234,7 @@ def test_a_whole_upload_outlives_an_answer_of_the_store_that_breaks_off(
 
 
 def test_parts_are_not_missing_because_the_store_broke_off(
-    relay: StoreRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey
+    relay: AskingRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey
 ) -> None:
     client = serve(create_app(behind), api_key)
     upload = begin(client)
@@ -257,7 +258,7 @@ def test_a_file_that_has_its_row_is_not_taken_out(storage: ObjectStorage, caller
 
 
 def test_no_connection_of_the_database_waits_for_the_store(
-    relay: StoreRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey
+    relay: AskingRelay, behind: Settings, serve: Callable[..., httpx.Client], api_key: NewKey
 ) -> None:
     app = create_app(behind)
     client, held = serve(app, api_key), list[bool]()

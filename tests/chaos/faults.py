@@ -22,7 +22,7 @@ from services.local.server import LocalServerError
 from services.tables import Job
 from tests.chaos.fleet import Fleet, broker_of, database_of
 from tests.chaos.processes import Kept
-from tests.chaos.relays import Weather
+from tests.relays import Weather
 from worker.celery_app import RUN_TASK, make_app
 
 __all__ = ["CATALOGUE", "Broken", "Fault", "plan"]

@@ -23,7 +23,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tenancy import NewKey
 from tests.chaos.processes import Clocks, Kept, on_small_disk
-from tests.chaos.relays import DatabaseRelay, RelayThread, StoreRelay
+from tests.relays import DatabaseRelay, RelayThread, StoreRelay
 
 __all__ = ["Fleet", "Shape", "running_fleet"]
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 from sqlalchemy import make_url
 
-from tests.chaos.relays import Relay, RelayThread
+from tests.relays import Relay, RelayThread
 
 __all__ = ["Host", "RelayHost", "namespace_host", "namespaces_allowed", "relay_host"]
 

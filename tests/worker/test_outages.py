@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,24 +12,24 @@ from sqlalchemy import make_url
 from services.database import Database
 from services.settings import Settings
 from tests.conftest import Servers
+from tests.relays import DatabaseRelay, RelayThread
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, alive, eventually, short_lease
-from tests.worker.proxy import CommitLosingProxy
 from worker.supervisor import Supervisor
 
 
 @pytest.fixture
-def proxy(settings: Settings) -> Iterator[CommitLosingProxy]:
+def relay(settings: Settings) -> Iterator[DatabaseRelay]:
     """A way to the database that loses replies."""
-    url = make_url(settings.database_url.get_secret_value())
-    proxy = CommitLosingProxy(url.host or "", url.port or 0)
-    yield proxy
-    proxy.close()
+    with RelayThread() as thread:
+        relay = DatabaseRelay(thread, make_url(settings.database_url.get_secret_value()).port or 0)
+        yield relay
+        relay.close()
 
 
 @pytest.fixture
-def through_proxy(settings: Settings, proxy: CommitLosingProxy) -> Iterator[Database]:
+def behind(settings: Settings, relay: DatabaseRelay) -> Iterator[Database]:
     """The database behind that way."""
-    url = make_url(settings.database_url.get_secret_value()).set(port=proxy.port)
+    url = make_url(settings.database_url.get_secret_value()).set(host="127.0.0.1", port=relay.port)
     database = Database(url.render_as_string(hide_password=False))
     yield database
     database.close()
@@ -37,19 +38,20 @@ def through_proxy(settings: Settings, proxy: CommitLosingProxy) -> Iterator[Data
 @pytest.mark.parametrize("mark", [b"nextval('fencing_tokens')", b"published_prefix="], ids=["claim", "publication"])
 def test_a_commit_whose_reply_was_lost_counts_once(
     mark: bytes,
-    proxy: CommitLosingProxy,
-    through_proxy: Database,
+    relay: DatabaseRelay,
+    behind: Database,
     make_supervisor: Callable[..., Supervisor],
     jobs: Jobs,
 ) -> None:
     job_id = jobs.queue(steps=2)
-    supervisor = make_supervisor(database=through_proxy)
-    proxy.lose_commit_after(mark)
+    supervisor = make_supervisor(database=behind)
+    lost = threading.Event()
+    relay.trap("reply lost", lost.set, after=mark)
 
     outcome = supervisor.run(job_id)
 
     row = jobs.row(job_id)
-    assert proxy.lost.is_set()
+    assert lost.is_set()
     assert (outcome, row.status, row.attempt) == ("succeeded", "succeeded", 1)
     assert len(jobs.starts(job_id)) == 1
     assert f"attempts/{row.fencing_token}/manifest.json" in jobs.keys(job_id)

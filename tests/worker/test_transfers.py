@@ -15,7 +15,7 @@ from services.jobs import cancel
 from services.settings import Settings
 from services.storage import PARALLEL_FROM_BYTES, PART_BYTES, ObjectStorage, Stopped
 from services.tables import Checkpoint
-from tests.chaos.relays import RelayThread, StoreRelay
+from tests.relays import RelayThread, StoreRelay
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, eventually
 from worker.supervisor import Supervisor
 

@@ -1,7 +1,7 @@
 """TCP relays in front of the real servers, which lose what a network and a store lose. All in one thread.
 
 A `Relay` passes bytes on until it is told to be a broken cable. The database's can lose a COMMIT or its reply, the
-store's refuses, crawls, cuts answers short, or is gone.
+store's refuses, crawls, cuts answers short, or is gone, and another asks the test what to answer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Literal
 
-__all__ = ["DatabaseRelay", "Relay", "RelayThread", "StoreRelay", "Weather"]
+__all__ = ["AskingRelay", "DatabaseRelay", "Relay", "RelayThread", "StoreRelay", "Weather"]
 
 CHUNK = 65536
 Weather = Literal["fair", "refusing", "slow", "crawling", "truncating", "gone"]
 Commit = Literal["commit lost", "reply lost"]
+METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -62,7 +63,7 @@ class Connection:
         self.near, self.far = near, far
         self.answering = True  # the last bytes came from the server: what a client sends next begins a request
         self.passed = 0  # bytes of the present answer
-        self.trapped = False
+        self.marked = self.trapped = False
 
     def abort(self) -> None:
         """Reset both ends."""
@@ -169,15 +170,21 @@ class Relay:
 class DatabaseRelay(Relay):
     """Can lose a COMMIT on its way there, or its reply on the way back, so that nobody knows what became of it."""
 
-    _trap: tuple[Commit, Callable[[], object]] | None = None
+    _trap: tuple[Commit, Callable[[], object], bytes] | None = None
 
-    def trap(self, kind: Commit, then: Callable[[], object] = lambda: None) -> None:
-        """Do it to the next COMMIT of anybody, once; ``then`` is called in the loop's thread as it happens."""
-        self._trap = (kind, then)
+    def trap(self, kind: Commit, then: Callable[[], object] = lambda: None, *, after: bytes = b"") -> None:
+        """Do it to the next COMMIT of anybody who has sent ``after`` before, once.
+
+        ``then`` is called in the loop's thread as it happens.
+        """
+        self._trap = (kind, then, after)
 
     async def forward(self, data: bytes, connection: Connection) -> bytes | None:
-        if self._trap is not None and b"COMMIT" in data:
-            (kind, then), self._trap = self._trap, None
+        if self._trap is None:
+            return data
+        connection.marked = connection.marked or self._trap[2] in data
+        if connection.marked and b"COMMIT" in data:
+            (kind, then, _), self._trap = self._trap, None
             then()
             if kind == "commit lost":
                 return None
@@ -228,3 +235,18 @@ class StoreRelay(Relay):
                 await connection.near.drain()
             return None
         return data
+
+
+class AskingRelay(Relay):
+    """Calls ``asked`` with the head of each request to an HTTP server; what it returns is the answer, and then the end.
+
+    In the loop's thread: what it takes its time for, everybody waits for.
+    """
+
+    asked: Callable[[bytes], bytes | None] = staticmethod(lambda _: None)
+
+    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
+        if not data.startswith(METHODS) or (answer := self.asked(data)) is None:
+            return data
+        connection.near.write(answer)
+        return None
