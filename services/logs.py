@@ -162,6 +162,7 @@ def _last_line(error: BaseException) -> str:
 
 def configure_logging(style: Style = "line", level: Level = "INFO") -> None:
     """Set up the logging of a process: its own records, and those of the libraries and the server that it runs."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # nobody reads them, all pay
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else LineFormatter())
     root = logging.getLogger()
