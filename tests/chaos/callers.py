@@ -49,6 +49,7 @@ class Promised:
     refused: list[str] = field(default_factory=list)  # answers that no caller of these should get
     gave_up: int = 0  # calls that nobody answered in PATIENCE_SECONDS
     tried_again: int = 0
+    posts: list[tuple[float, bool]] = field(default_factory=list)  # wall time of each job's; 202 at the first try?
     queued_cancels: list[float] = field(default_factory=list)  # seconds of the call that ended a waiting job
     image_sets: dict[str, str] = field(default_factory=dict)  # of its id the job that used it
 
@@ -115,9 +116,12 @@ class Callers:
             self._cancel(job_id, draw)
 
     def _accepted(self, body: dict[str, Any], key: str, draw: random.Random) -> str | None:
-        answer = self._call(draw, "POST", "/jobs/forget", json=body, headers={"Idempotency-Key": key})
+        tries: list[float] = []
+        answer = self._call(draw, "POST", "/jobs/forget", tries, json=body, headers={"Idempotency-Key": key})
         if answer is None:
             return None
+        with self._lock:
+            self.promised.posts.append((tries[0], len(tries) == 1))
         if answer.status_code != httpx.codes.ACCEPTED:
             # A deadline may pass while nobody answers; then nothing was accepted.
             if not ("deadline" in body and answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY):
@@ -150,14 +154,21 @@ class Callers:
             if answer.json()["status"] == "cancelled":
                 self.promised.queued_cancels.append(time.monotonic() - before)
 
-    def _call(self, draw: random.Random, method: str, path: str, **more: Any) -> httpx.Response | None:
-        """Ask one gateway after the other until somebody answers with something else than "not now"."""
+    def _call(
+        self, draw: random.Random, method: str, path: str, tries: list[float] | None = None, **more: Any
+    ) -> httpx.Response | None:
+        """Ask one gateway after the other until somebody answers with something else than "not now".
+
+        ``tries`` comes to hold the wall time of each.
+        """
         headers = {**self._headers, **more.pop("headers", {})}
         urls = self._fleet.urls[:]
         draw.shuffle(urls)
         limit = time.monotonic() + PATIENCE_SECONDS
         turn = 0
         while time.monotonic() < limit:
+            if tries is not None:
+                tries.append(time.time())
             try:
                 answer = self._clients[urls[turn % len(urls)]].request(method, path, headers=headers, **more)
                 if answer.status_code < 500 and answer.status_code != httpx.codes.TOO_MANY_REQUESTS:

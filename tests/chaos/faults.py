@@ -221,11 +221,12 @@ def _start_database(fleet: Fleet) -> None:
 
 def lose_commit(kind: str) -> Act:
     def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
-        for _ in range(draw.randint(1, 4)):
+        for number in range(draw.randint(1, 4)):
             sprung = threading.Event()
             fleet.database_relay.trap(kind, sprung.set)  # type: ignore[arg-type]  # one of two words
             if not sprung.wait(PREY_SECONDS):
-                broken.missed += 1
+                broken.missed += number == 0
+                return
 
     return act
 

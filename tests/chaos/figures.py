@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -17,7 +18,28 @@ from tests.chaos.audit import traced
 from tests.chaos.callers import Promised
 from tests.chaos.faults import Broken
 
-__all__ = ["figures", "percentile"]
+__all__ = ["Figures", "figures", "percentile"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """In seconds, or how many; null where nothing was seen."""
+
+    recoveries: int
+    recovery_p50_seconds: float | None
+    recovery_p99_seconds: float | None
+    running_cancels: int
+    running_cancel_p99_seconds: float | None
+    queued_cancels: int
+    queued_cancel_p99_seconds: float | None
+    drains: int
+    drain_max_seconds: float | None
+    broker_outages: int
+    start_after_broker_max_seconds: float | None
+    posts_while_broker_away: int
+    accepted_at_the_first_try: int
+    computed_twice_max_seconds: float
+    calls_repeated: int
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -26,8 +48,8 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return round(ordered[max(0, ceil(share * len(ordered)) - 1)], 3) if ordered else None
 
 
-def figures(database: Database, trace: Path, promised: Promised, broken: Broken) -> dict[str, object]:
-    """By name, in seconds; null where nothing was seen."""
+def figures(database: Database, trace: Path, promised: Promised, broken: Broken) -> Figures:
+    """What the rows, the trace and the callers tell."""
     starts: dict[str, list[float]] = defaultdict(list)
     with database.transaction() as session:
         epoch = func.extract("epoch", JobEvent.created_at)
@@ -50,21 +72,24 @@ def figures(database: Database, trace: Path, promised: Promised, broken: Broken)
             following = starts[job_id][bisect_right(starts[job_id], at) :]
             recoveries += [following[0] - at] if following else []
     waits = [began - back for gone, back in broken.broker_outages for made, began in born if gone < made < back]
-    return {
-        "recoveries": len(recoveries),
-        "recovery_p50_seconds": percentile(recoveries, 0.5),
-        "recovery_p99_seconds": percentile(recoveries, 0.99),
-        "running_cancels": len(cancels),
-        "running_cancel_p99_seconds": percentile(cancels, 0.99),
-        "queued_cancels": len(promised.queued_cancels),
-        "queued_cancel_p99_seconds": percentile(promised.queued_cancels, 0.99),
-        "drains": len(broken.drains),
-        "drain_max_seconds": percentile(broken.drains, 1.0),
-        "broker_outages": len(broken.broker_outages),
-        "start_after_broker_max_seconds": percentile(waits, 1.0),
-        "computed_twice_max_seconds": _overlap(trace),
-        "calls_repeated": promised.tried_again,
-    }
+    posts = [first for at, first in promised.posts if any(gone < at < back for gone, back in broken.broker_outages)]
+    return Figures(
+        recoveries=len(recoveries),
+        recovery_p50_seconds=percentile(recoveries, 0.5),
+        recovery_p99_seconds=percentile(recoveries, 0.99),
+        running_cancels=len(cancels),
+        running_cancel_p99_seconds=percentile(cancels, 0.99),
+        queued_cancels=len(promised.queued_cancels),
+        queued_cancel_p99_seconds=percentile(promised.queued_cancels, 0.99),
+        drains=len(broken.drains),
+        drain_max_seconds=percentile(broken.drains, 1.0),
+        broker_outages=len(broken.broker_outages),
+        start_after_broker_max_seconds=percentile(waits, 1.0),
+        posts_while_broker_away=len(posts),
+        accepted_at_the_first_try=sum(posts),
+        computed_twice_max_seconds=_overlap(trace),
+        calls_repeated=promised.tried_again,
+    )
 
 
 def _overlap(trace: Path) -> float:

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from tests.chaos.faults import CATALOGUE, Broken, Fault
 from tests.chaos.fleet import Fleet
@@ -18,16 +18,28 @@ LAST_SECONDS = 120.0  # for what is still broken at the end to be mended
 
 
 class Monkey:
-    """Runs a plan; ``finish`` returns when everything that it broke is whole again."""
+    """Runs a plan; ``finish`` returns when everything that it broke is whole again.
 
-    def __init__(self, fleet: Fleet, faults: list[Fault], seconds: float) -> None:
+    Args:
+        fleet: what is to be broken.
+        faults: the plan.
+        spares: further faults, one in the place of each that found nothing to break.
+        seconds: in which the plan takes place.
+    """
+
+    def __init__(self, fleet: Fleet, faults: list[Fault], spares: list[Fault], seconds: float) -> None:
         self.broken = Broken()
         self.done: Counter[str] = Counter()
-        self._fleet, self._faults, self._seconds = fleet, faults, seconds
+        self._fleet, self._faults, self._spares, self._seconds = fleet, faults, spares, seconds
         self._sites = {kind.site: threading.Lock() for kind in CATALOGUE.values()}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fault")
         self._under_way: list[Future[None]] = []
         self._thread = threading.Thread(target=self._run, name="monkey", daemon=True)
+
+    @property
+    def hits(self) -> int:
+        """Faults that found something to break."""
+        return sum(self.done.values()) - self.broken.missed
 
     def start(self) -> None:
         """Begin."""
@@ -49,6 +61,11 @@ class Monkey:
         began = time.monotonic()
         for number, fault in enumerate(self._faults):
             time.sleep(max(0.0, began + number * pause - time.monotonic()))
+            self._under_way.append(self._pool.submit(self._break, fault))
+        for fault in self._spares:
+            wait(self._under_way)
+            if self.hits >= len(self._faults):
+                return
             self._under_way.append(self._pool.submit(self._break, fault))
 
     def _break(self, fault: Fault) -> None:

@@ -36,7 +36,7 @@ class Scene:
     trace: Path
 
     def audit(self) -> Findings:
-        return audit(self.jobs.database, self.jobs.storage, self.promised, self.trace)
+        return audit(self.jobs.database, self.jobs.storage, self.promised, self.trace, budget=5)
 
     def change(self, **values: object) -> None:
         with self.jobs.database.transaction() as session:
@@ -104,6 +104,20 @@ def _leave_an_upload(scene: Scene) -> None:
     storage.abort_unfinished = lambda *_args, **_more: 0  # type: ignore[method-assign]  # a janitor that overlooks it
 
 
+def _leave_a_state(scene: Scene) -> None:
+    scene.audit()
+    scene.put(object_keys.states_prefix(scene.jobs.tenant_id, scene.job_id) + "1/00000001.safetensors")
+
+
+def _leave_an_attempt(scene: Scene) -> None:
+    scene.audit()
+    scene.put(f"{scene.attempt(10**9)}tamed.safetensors")
+
+
+def _give_up_early(scene: Scene) -> None:
+    scene.change(status="failed", reason="attempts_exhausted", infrastructure_losses=1)
+
+
 def _keep_images(scene: Scene) -> None:
     scene.promised.image_sets[scene.jobs.image_set()] = scene.job_id
 
@@ -154,6 +168,8 @@ def _end_otherwise(scene: Scene) -> None:
         (_serve_another_attempt, "published_twice"),
         (_leave_an_object, "orphans"),
         (_leave_an_upload, "orphans"),
+        (_leave_a_state, "orphans"),
+        (_leave_an_attempt, "orphans"),
         (_keep_images, "orphans"),
         (_hold_on, "held_by_the_dead"),
         (_overrule_a_cancel, "broken"),
@@ -164,6 +180,7 @@ def _end_otherwise(scene: Scene) -> None:
         (_forget_who_computed, "broken"),
         (_answer_a_key_twice, "broken"),
         (_end_otherwise, "broken"),
+        (_give_up_early, "broken"),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else value,
 )
@@ -173,6 +190,14 @@ def test_a_promise_that_was_broken_is_found(scene: Scene, deed: Callable[[Scene]
     findings = scene.audit()
 
     assert getattr(findings, found)
+
+
+def test_what_a_stale_attempt_wrote_after_the_sweep_may_lie_there_until_the_next(scene: Scene) -> None:
+    scene.audit()
+    scene.change(infrastructure_losses=1)
+    scene.put(f"{scene.attempt(10**9)}tamed.safetensors")
+
+    assert not scene.audit().orphans
 
 
 def test_a_job_that_nobody_swept_behind_is_not_settled(scene: Scene) -> None:

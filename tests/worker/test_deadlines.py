@@ -161,6 +161,25 @@ def test_images_go_at_their_hard_cap_and_the_attempt_that_has_them_ends_well(
     assert done.result(PATIENCE_SECONDS) == "succeeded"
 
 
+def test_a_drain_after_the_images_hard_cap_ends_the_job_and_says_why(
+    make_supervisor: Callable[..., Supervisor], jobs: Jobs, in_background: InBackground
+) -> None:
+    job_id = jobs.queue(**LONG | {"steps": 60}, image_set=jobs.image_set(hours=24))
+    first = make_supervisor()
+    done = in_background(first, job_id)
+    eventually(jobs.has_state(job_id))
+    age(jobs, job_id, hours=24.1)
+    janitor.sweep(jobs.database, jobs.storage)
+
+    first.start_draining()
+    assert done.result(PATIENCE_SECONDS) == "queued"
+    make_supervisor().run(job_id)
+
+    row = jobs.row(job_id)
+    assert (row.status, row.reason) == ("failed", "user_error")
+    assert "day" in (row.problem or {}).get("detail", "") or "hours" in (row.problem or {}).get("detail", "")
+
+
 def test_a_job_that_loses_its_worker_after_a_day_goes_on_from_its_state(
     make_supervisor: Callable[..., Supervisor], jobs: Jobs, settings: Settings, in_background: InBackground
 ) -> None:

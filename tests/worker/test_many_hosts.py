@@ -14,6 +14,7 @@ from tests.worker.helpers import Jobs, Process, alive, eventually, short_lease, 
 needs_namespaces = pytest.mark.skipif(not namespaces_allowed(), reason="needs to make network namespaces")
 # Far longer than a lease, so that it is at work when the host is cut off; who goes on from a state hurries.
 COMPUTING = {"steps": 2000, "step_seconds": 0.05, "state_every": 5, "hurry": True}
+BESIDE_ITSELF_SECONDS = 0.2 * 6  # that the one who was cut off may compute beside the next: a fifth of a lease
 # It ends while the host is cut off, and its end is all that is left to be told.
 ENDING = {"steps": 40, "step_seconds": 0.05, "state_every": 5}
 
@@ -58,6 +59,8 @@ def test_a_host_that_was_cut_off_is_fenced_when_it_returns(
 
     assert (row.status, row.infrastructure_losses, len(jobs.starts(job_id))) == ("succeeded", 1, 2)
     assert jobs.starts(job_id)[1]["resumed"]
+    last = [line["at"] for line in jobs.trace(job_id) if line["pid"] == first][-1]
+    assert last < jobs.starts(job_id)[1]["at"] + BESIDE_ITSELF_SECONDS
     eventually(lambda: "lost" in cut_off.log.read_text(), what="the returned worker learnt that it lost the job")
     _takes_another(jobs, cut_off)
     assert [kind for kind, _ in jobs.events(job_id)].count("succeeded") == 1
