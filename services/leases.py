@@ -351,9 +351,10 @@ def requeue(session: Session, claim: Claim, event: str, *, data: dict[str, Any],
     )
 
 
-def release(session: Session, claim: Claim) -> bool:
-    """A drain: back to the queue, and the attempt is not consumed."""
-    return requeue(session, claim, "drained", data={}, attempt=Job.attempt - 1, not_before=None)
+def release(session: Session, claim: Claim, *, why: str = "") -> bool:
+    """A drain, or a worker that cannot work: back to the queue, and the attempt is not consumed."""
+    data = {"why": why} if why else {}
+    return requeue(session, claim, "drained", data=data, attempt=Job.attempt - 1, not_before=None)
 
 
 def retry_smaller(session: Session, claim: Claim) -> bool:

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         default=900.0, gt=0, description="a worker that waits this long for a call that does not return ends itself"
     )
+    store_patience_seconds: float = Field(
+        default=600.0, gt=0, description="a worker that cannot fetch a job's inputs for so long gives it to another"
+    )
     infrastructure_budget: int = Field(default=5, ge=0, description="lost attempts before a job fails")
     out_of_memory_budget: int = Field(default=2, ge=0, description="retries at half the micro-batch each")
     tenant_running_jobs: int | None = Field(default=None, ge=1, description="of a tenant at once, on all workers")

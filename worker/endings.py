@@ -82,7 +82,7 @@ class Ending:
                 summary=self.summary,
             )
         if self.kind == "released":
-            return leases.release(session, claim)
+            return leases.release(session, claim, why=self.why)
         if self.kind == "out_of_memory":
             return leases.retry_smaller(session, claim)
         return False

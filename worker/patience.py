@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["GaveUp", "database_away", "patiently", "store_away"]
+__all__ = ["GaveUp", "StayedAway", "database_away", "patiently", "store_away"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,17 @@ T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+TRIES_AT_LEAST = 5  # before time alone says that it stays away: a try may be a long transfer
 # Refused credentials are the operator's to mend, as an outage is: no job is to pay for a key that was changed.
 AWAY = (401, 403, 408, 429)
 
 
 class GaveUp(Exception):
     """The server stayed away for as long as the caller could wait."""
+
+
+class StayedAway(GaveUp):
+    """The server stayed away for longer than this caller was to wait for it, though he could have."""
 
 
 def database_away(error: BaseException) -> bool:
@@ -54,6 +59,7 @@ def patiently(
     going_on: Callable[[], bool],
     what: str,
     pause: threading.Event | None = None,
+    within: float = float("inf"),
 ) -> T:
     """Repeat the call while its server is away.
 
@@ -63,12 +69,14 @@ def patiently(
         going_on: asked before each further try.
         what: for the log.
         pause: an event that ends a pause early, such as a shutdown.
+        within: seconds from the first failure after which a few tries were enough.
 
     Raises:
         GaveUp: ``going_on`` said no.
+        StayedAway: ``within`` is over.
     """
     seconds = FIRST_PAUSE_SECONDS
-    tries = 0
+    tries, since = 0, 0.0
     while True:
         try:
             result = call()
@@ -76,10 +84,13 @@ def patiently(
             if not away(error):
                 raise
             if tries == 0:
+                since = time.monotonic()
                 logger.warning("%s: no answer (%s); trying again", what, type(error).__name__)
             tries += 1
             if not going_on():
                 raise GaveUp(what) from error
+            if tries >= TRIES_AT_LEAST and time.monotonic() > since + within:
+                raise StayedAway(what) from error
         else:
             if tries:
                 logger.info("%s: answered after %d tries", what, tries)

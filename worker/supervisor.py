@@ -25,7 +25,7 @@ from worker import assets, inputs, memory, publication
 from worker.assets import AssetKeeper
 from worker.endings import INTERRUPTED_STATUS, Ending, classify, problem
 from worker.lease import LeaseKeeper
-from worker.patience import GaveUp, database_away, patiently, store_away
+from worker.patience import GaveUp, StayedAway, database_away, patiently, store_away
 from worker.phases import Phases, traced
 from worker.process import RUNNER_COMMAND, Malformed, RunnerProcess, runner_environment
 from worker.scratch import Scratch
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 STATE_WAIT_SECONDS = 0.5
 SIGNAL_SPREAD_SECONDS = 1.0
+CUT_OFF_SECONDS = 60.0  # that a worker without a store sits on a doorbell
+PING_SECONDS = 5.0
+SILENCE = Ending("lost", why="the database did not answer for a whole lease")
 
 
 class Supervisor:
@@ -70,6 +73,7 @@ class Supervisor:
         self._here: set[str] = set()
         self._lock = threading.Lock()
         self.drain = threading.Event()
+        self._cut_off = threading.Event()  # the store did not answer this worker for so long that it gave a job back
         self._drain_by = float("inf")
 
     def start_draining(self) -> None:
@@ -91,7 +95,7 @@ class Supervisor:
                 self._here.discard(job_id)
 
     def _run(self, job_id: str) -> str:
-        if self.drain.is_set():
+        if self.drain.is_set() or not self._can_work():
             return "not claimed"
         before = time.monotonic()
         claim = self._claim(job_id)
@@ -100,6 +104,26 @@ class Supervisor:
             return "not claimed"
         with about(job=claim.job_id, attempt=claim.attempt, token=claim.token, worker=self._worker):
             return self._attempt(claim, before)
+
+    def _can_work(self) -> bool:
+        """Whether the store answers, asked only after it did not: else this worker would take jobs from those who can.
+
+        Keeps its slot busy for a while, so that no further bell is heard here.
+        """
+        if not self._cut_off.is_set():
+            return True
+        limit = time.monotonic() + CUT_OFF_SECONDS
+        while time.monotonic() < limit and not self.drain.is_set():
+            try:
+                self._storage.ping()
+            except Exception as error:
+                logger.warning("taking no job: the store does not answer (%s)", type(error).__name__)
+                self.drain.wait(PING_SECONDS)
+            else:
+                logger.info("the store answers again")
+                self._cut_off.clear()
+                return True
+        return False
 
     def _attempt(self, claim: Claim, before: float) -> str:
         """From the claim, which was asked for at ``before``, to the end."""
@@ -177,6 +201,10 @@ class _Attempt:
         except inputs.InputMissing as error:
             told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
             return Ending.failed("user_error", told)
+        except StayedAway:
+            # Nothing is computed yet, and another host may reach the store, or have credentials that it takes.
+            self._supervisor._cut_off.set()
+            return self._interrupted(Ending("released", why="the store did not answer this worker"))
         except (GaveUp, Stopped):
             return self._interrupted()
         if ending.artifacts is None:
@@ -207,6 +235,7 @@ class _Attempt:
             going_on=self._going_on,
             what=f"{self._claim.job_id}: inputs",
             pause=self._supervisor.drain,
+            within=self._settings.store_patience_seconds,
         )
         if not self._going_on():
             raise GaveUp
@@ -224,6 +253,7 @@ class _Attempt:
             going_on=self._going_on,
             what=f"{self._claim.job_id}: assets",
             pause=self._supervisor.drain,
+            within=self._settings.store_patience_seconds,
         )
 
     def _supervise(self) -> Ending:
@@ -350,7 +380,7 @@ class _Attempt:
         while self._error is None and self._worth_saving() and not kept.wait(STATE_WAIT_SECONDS):
             continue
 
-    def _interrupted(self) -> Ending:
+    def _interrupted(self, otherwise: Ending = SILENCE) -> Ending:
         """Why an attempt without a result of its own stopped."""
         if self._keeper.taken:
             return Ending("gone")
@@ -358,7 +388,7 @@ class _Attempt:
             return Ending("stopped")
         if self._supervisor.drain.is_set():
             return Ending("released")
-        return Ending("lost", why="the database did not answer for a whole lease")
+        return otherwise
 
     def _going_on(self) -> bool:
         self._keeper.moved()
