@@ -20,7 +20,7 @@ from typing import Any
 
 from worker.runner import sandbox
 from worker.runner.contract import DeadMansSwitch, ExitCode, Interrupted, Reporter, Stop, wait_for_job
-from worker.runner.problems import UserError, is_out_of_memory
+from worker.runner.problems import UserError, is_out_of_memory, is_the_hosts
 
 # The module that runs a job, by its method, or by its kind too where both matter. Each has a function
 # ``run(job, folder, reporter, stop)``.
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         if is_out_of_memory(error):
             return ExitCode.OUT_OF_MEMORY
         traceback.print_exc()
-        if "CUDA error" not in str(error):  # a device that failed may work next time: then silence asks for a retry
+        if not is_the_hosts(error):  # else silence asks for another attempt
             reporter.error("internal", {"detail": type(error).__name__})
         return ExitCode.INTERNAL
     return ExitCode.REPORTED

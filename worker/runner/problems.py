@@ -1,10 +1,15 @@
-"""What a run tells its caller when it cannot go on: a problem of the caller's making, or too little memory."""
+"""Why a run cannot go on: a problem of the caller's making, too little memory, or a host that fails."""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["OutOfMemory", "UserError", "escaped", "is_out_of_memory"]
+__all__ = ["OutOfMemory", "UserError", "escaped", "is_out_of_memory", "is_the_hosts"]
+
+# A disk that is full, over its quota, broken or read-only, and a host without a file handle left.
+HOST_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE})
 
 
 class OutOfMemory(Exception):
@@ -33,6 +38,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
     )
+
+
+def is_the_hosts(error: BaseException) -> bool:
+    """Whether the accelerator or the disk failed: elsewhere, or later, the same job may well succeed."""
+    return any(
+        "CUDA error" in str(it)
+        or (isinstance(it, OSError) and it.errno in HOST_ERRNOS)
+        or any(f"(os error {number})" in str(it) for number in HOST_ERRNOS)  # safetensors has it in words alone
+        for it in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def escaped(name: str) -> str:

@@ -1,14 +1,14 @@
-"""What counts as memory that ran out, by what torch really says, and what a smaller attempt is."""
+"""Whose fault an error is, by what the libraries really say; and what a smaller attempt is."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from worker.runner import __main__ as program
 from worker.runner.base import MICRO_BATCH_PIXELS, micro_batch_of
@@ -34,32 +34,61 @@ def fail_as_python_does() -> None:
     raise MemoryError
 
 
+def fail_as_a_gpu_does() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def fill_the_disk() -> None:
+    with open("/dev/full", "wb", buffering=0) as disk:
+        disk.write(b"x")
+
+
+def fail_as_safetensors_does_on_a_full_disk() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def fail_because_the_disk_was_full() -> None:
+    try:
+        fill_the_disk()
+    except OSError as error:
+        raise ValueError("the picture was not written") from error
+
+
 def fail_of_its_own() -> None:
     raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)")
 
 
+SILENT: list[str] = []
+
+
 @pytest.mark.parametrize(
-    ("deed", "status"),
+    ("deed", "status", "words"),
     [
-        (ask_for_too_much, ExitCode.OUT_OF_MEMORY),
-        (fail_as_cuda_does, ExitCode.OUT_OF_MEMORY),
-        (fail_as_torch_does_elsewhere, ExitCode.OUT_OF_MEMORY),
-        (fail_as_python_does, ExitCode.OUT_OF_MEMORY),
-        (fail_of_its_own, ExitCode.INTERNAL),
+        (ask_for_too_much, ExitCode.OUT_OF_MEMORY, SILENT),
+        (fail_as_cuda_does, ExitCode.OUT_OF_MEMORY, SILENT),
+        (fail_as_torch_does_elsewhere, ExitCode.OUT_OF_MEMORY, SILENT),
+        (fail_as_python_does, ExitCode.OUT_OF_MEMORY, SILENT),
+        # Silence with this status is an attempt that was lost: another follows.
+        (fail_as_a_gpu_does, ExitCode.INTERNAL, SILENT),
+        (fill_the_disk, ExitCode.INTERNAL, SILENT),
+        (fail_as_safetensors_does_on_a_full_disk, ExitCode.INTERNAL, SILENT),
+        (fail_because_the_disk_was_full, ExitCode.INTERNAL, SILENT),
+        (fail_of_its_own, ExitCode.INTERNAL, ["internal"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_runner_says_by_its_status_that_memory_ran_out(
-    deed: Any, status: ExitCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_runner_says_whose_fault_it_was(
+    deed: Any, status: ExitCode, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "job.json").write_text(json.dumps(JOB))
-    quiet = SimpleNamespace(phase=lambda *_: None, error=lambda *_: None)
-    monkeypatch.setattr(program, "Reporter", lambda: quiet)
+    said: list[str] = []
+    reporter = SimpleNamespace(phase=lambda *_: None, error=lambda reason, _: said.append(reason))
+    monkeypatch.setattr(program, "Reporter", lambda: reporter)
     monkeypatch.setattr(program, "wait_for_job", lambda _: JOB)
     monkeypatch.setattr(program, "DeadMansSwitch", lambda _: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(program, "module_of", lambda _: SimpleNamespace(run=lambda *_: deed()))
 
     assert program.main([str(tmp_path)]) == status
+    assert said == words
 
 
 @pytest.mark.parametrize(("divisor", "images"), [(1, 64), (2, 32), (4, 16), (1000, 1)])
