@@ -1,6 +1,6 @@
 """How fast do large checkpoints travel beside what boto3 does with the same store, and does the gateway hold them?
 
-    python -m benchmarks.transfer [--mebibytes 2048] [--piece 128]
+    python -m benchmarks.transfer [--mebibytes 6144] [--piece 2048]
 
 So much goes up and comes down in pieces, each a file of its own: up by the client's ``push_checkpoint`` (in parts, by
 presigned URLs, its SHA-256 taken on the way) and by boto3's ``upload_file``; down by ``download`` (307 to a presigned
@@ -77,8 +77,8 @@ class Baseline:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mebibytes", type=int, default=2048, help="in all, each way")
-    parser.add_argument("--piece", type=int, default=128, help="mebibytes of a file, 64 and more")
+    parser.add_argument("--mebibytes", type=int, default=6144, help="in all, each way")
+    parser.add_argument("--piece", type=int, default=2048, help="mebibytes of a file, 64 and more")
     given = parser.parse_args(arguments)
     print(json.dumps(run(given.mebibytes, given.piece)))
 
