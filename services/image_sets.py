@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -11,13 +11,14 @@ from sqlalchemy.orm import Session
 
 from services import audit, object_keys
 from services.errors import ImageSetErased, ImageSetInUse, NotFound
+from services.ids import is_id
 from services.mentions import LABELLED_SETS, mentions
 from services.statuses import is_open
 from services.storage import ObjectStorage
 from services.tables import ImageSet, Job
 from services.tenancy import Caller
 
-__all__ = ["begin", "complete", "condemn", "discard", "erase", "erase_now", "get", "live", "register"]
+__all__ = ["begin", "complete", "condemn", "discard", "due", "erase", "erase_now", "get", "live", "register"]
 
 
 def register(
@@ -98,25 +99,48 @@ def live(session: Session, tenant_id: str, image_set_id: str, *, pointer: str) -
     return row
 
 
-def condemn(session: Session, *, limit: int = 20, but_not: Collection[str] = ()) -> dict[str, str]:
-    """Sets whose images must go, by id, and why: past their cap, or photos of the forgotten whose job ended.
+def condemn(session: Session, job_id: str) -> bool:
+    """Let the sets expire that a job read which has ended, where nobody needs them any more: photos of the forgotten.
 
-    A set that an open job still reads stays until that job ends or the cap is reached. What is condemned has expired:
-    once the transaction is committed no job is accepted that reads it, so that ``erase`` needs no lock.
+    One that an open job still reads stays, until that job ends or the cap is reached. Once the transaction is committed
+    no job is accepted that reads a set which has expired, so that ``erase`` needs no lock.
+
+    Returns:
+        False where a job that reads one of them is just being accepted: ask again, it cannot be seen yet.
     """
-    unlocked = select(ImageSet.id).where(ImageSet.erased_at.is_(None), _expired() | _used_up())
-    candidates = unlocked.where(ImageSet.id.not_in(but_not)).limit(limit).with_for_update(skip_locked=True)
-    ids = list(session.scalars(candidates))
-    # A job may have been accepted between that statement's snapshot and its locks. From here on none can be.
-    used_up = _used_up()
-    rows = session.execute(select(ImageSet.id, used_up).where(ImageSet.id.in_(ids), _expired() | used_up))
-    due = {name: "job ended" if used else "expired" for name, used in rows}
+    job = session.execute(select(Job.tenant_id, Job.request).where(Job.id == job_id)).one()
+    read = {name for name in _texts(job.request) if is_id("imgs", name)}
+    if not read:
+        return True
+    here = select(ImageSet.id).where(
+        ImageSet.tenant_id == job.tenant_id, ImageSet.id.in_(read), ImageSet.erased_at.is_(None), ~_expired()
+    )
+    ids = set(session.scalars(here.with_for_update(skip_locked=True)))
+    if ids < set(session.scalars(here)):
+        return False
     session.execute(
         update(ImageSet)
-        .where(ImageSet.id.in_(due), ~_expired())
+        .where(ImageSet.id.in_(ids), _used_up())
         .values(expires_at=func.now(), version=ImageSet.version + 1)
     )
-    return due
+    return True
+
+
+def due(session: Session, *, limit: int = 20, but_not: Collection[str] = ()) -> dict[str, str]:
+    """Sets whose images must go, by id, and why: past their cap, or photos of the forgotten whose job ended."""
+    wanted = and_(ImageSet.erased_at.is_(None), _expired(), ImageSet.id.not_in(but_not))
+    ids = select(ImageSet.id).where(wanted).order_by(ImageSet.expires_at).limit(limit)
+    rows = session.execute(select(ImageSet.id, _used_up()).where(ImageSet.id.in_(list(session.scalars(ids)))))
+    return {name: "job ended" if used else "expired" for name, used in rows}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _expired() -> ColumnElement[bool]:

@@ -31,19 +31,19 @@ OWNED = re.compile(r"tenants/[^/]+/(checkpoints|classifiers|image-sets)/((?:ckpt
 
 
 def sweep(database: Database, storage: ObjectStorage) -> int:
-    """Erase the image sets that are due, then sweep behind the jobs that ended. Returns how many rows were done.
+    """Sweep behind the jobs that ended, then erase the image sets that are due. Returns how many rows were done.
 
     No row is locked while the store deletes, and two janitors never do the same one. A row whose deletion fails stays
     due and holds up nobody else.
     """
-    done = _erase_sets(database, storage)
+    done = 0
     unswept = Job.finished_at.is_not(None) & Job.swept_at.is_(None)
     passed: set[str] = set()
     for _ in range(SWEEP_AT_ONCE):
         if _sweep_one(database, storage, unswept, passed) is None:
             break
         done += 1
-    return done
+    return done + _erase_sets(database, storage)
 
 
 def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bool], passed: set[str]) -> int | None:
@@ -58,6 +58,9 @@ def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bo
             if job_id is None:
                 return None
             passed.add(job_id)
+            if not image_sets.condemn(session, job_id):
+                continue
+        with database.transaction() as session:  # another: no row is locked while the store deletes
             # Asked again once it is ours: another may have done it in between.
             if not _alone(session, job_id) or (job := session.scalar(select(Job).where(due, Job.id == job_id))) is None:
                 continue
@@ -100,7 +103,7 @@ def _erase_sets(database: Database, storage: ObjectStorage) -> int:
     done = 0
     while done < SETS_AT_ONCE:
         with database.transaction() as session:
-            due = image_sets.condemn(session, limit=SETS_AT_ONCE, but_not=passed)
+            due = image_sets.due(session, limit=SETS_AT_ONCE, but_not=passed)
         if not due:
             break
         passed |= set(due)
