@@ -16,7 +16,6 @@ from api.strict_json import StrictJsonRoute
 from services import checkpoints, idempotency, quotas, uploads
 from services.database import Database
 from services.errors import (
-    ForgetdError,
     IdempotencyKeyReused,
     NotACheckpoint,
     NotFound,
@@ -66,12 +65,15 @@ def begin(
         storage, caller.tenant_id, new_id("ckpt"), size=body.bytes, name=body.name, declared=body.declared()
     )
     made = answers.created(UploadResource.of(upload), f"/checkpoints/uploads/{upload.id}")
+    committing = False
     try:
         _refuse_if_full(database, storage, caller, settings.tenant_open_jobs, own=1)
         with database.transaction() as session:
             answer, replayed = idempotency.once(session, caller, act=lambda: made, **asked)
-    except ForgetdError:
-        uploads.discard(storage, caller.tenant_id, upload.id)
+            committing = True  # and an error does not tell whether it is committed
+    except Exception:
+        if not committing:
+            uploads.discard(storage, caller.tenant_id, upload.id)
         raise
     if replayed:
         uploads.discard(storage, caller.tenant_id, upload.id)
@@ -107,9 +109,7 @@ def abort(checkpoint_id: CheckpointId, caller: Authenticated, storage: AppStorag
     "/checkpoints/uploads/{checkpoint_id}/complete",
     status_code=202,
     response_model=CheckpointResource,
-    responses=documented(
-        NotFound, UploadIncomplete, NotACheckpoint, IdempotencyKeyReused, QuotaExceeded, UnsupportedMediaType
-    ),
+    responses=documented(NotFound, UploadIncomplete, NotACheckpoint, IdempotencyKeyReused, UnsupportedMediaType),
 )
 def complete(
     checkpoint_id: CheckpointId,
@@ -117,7 +117,6 @@ def complete(
     caller: Authenticated,
     database: AppDatabase,
     storage: AppStorage,
-    settings: AppSettings,
 ) -> Response:
     """Every part has arrived: make them a checkpoint, which is then validated, its SHA-256 first. Twice is as once."""
     row = _known(database, caller, checkpoint_id)
@@ -140,7 +139,7 @@ def complete(
         source,
         route=COMPLETE,
         key=checkpoint_id,
-        open_jobs=settings.tenant_open_jobs,
+        open_jobs=None,  # its place was taken when it was begun
     )
     uploads.forget(storage, caller.tenant_id, checkpoint_id)
     return answers.send(answer, replayed=replayed)

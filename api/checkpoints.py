@@ -120,7 +120,7 @@ def register_source(
     *,
     route: str,
     key: str | None,
-    open_jobs: int,
+    open_jobs: int | None,
 ) -> tuple[idempotency.Answer, bool]:
     """Make an uploaded file a checkpoint and queue its validation, once for a route's key; the answer to the POST."""
     with database.transaction() as session:

@@ -94,7 +94,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _gone)
     for error in (OperationalError, InterfaceError, PoolTimeout):
         app.add_exception_handler(error, _database_silent)
-    # ConnectionError is the language's own, of an answer that broke off (``services.multipart.whole``).
+    # ConnectionError is the language's own, of an answer that is shorter than what was asked for.
     for store_error in (HTTPClientError, StoreConnectionError, IncompleteReadError, ConnectionError, ClientError):
         app.add_exception_handler(store_error, _store_silent)
 

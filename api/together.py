@@ -8,16 +8,21 @@ has begun, so that its answer is as of after it was asked.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from services.database import ANSWER_SECONDS, CONNECT_SECONDS
 from services.errors import ForgetdError
 
 __all__ = ["Together"]
 
 AT_ONCE = 100  # questions in a batch: bounds its statement
+PATIENCE_SECONDS = ANSWER_SECONDS + CONNECT_SECONDS  # a connection that is lost, and another one
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -29,32 +34,52 @@ class Together(Generic[Question, Answer]):
     Args:
         answer: Given the questions of a batch, its answers in their order, a refusal being an answer too; called in a
             thread of its own, never twice at once. What it raises, all of the batch are told.
+        seconds: How long a question waits, those before it included.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Question]], Sequence[Answer | ForgetdError]]) -> None:
-        self._answer = answer
-        self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Question]], Sequence[Answer | ForgetdError]],
+        *,
+        seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._answer, self._seconds = answer, seconds
+        self._waiting: deque[tuple[Question, asyncio.Future[Answer]]] = deque()
         self._busy = False
         # Not of the common threads, which slow uploads may hold; and cheaper than them: nothing waits for its result.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="together")
 
     async def ask(self, question: Question) -> Answer:
-        """The answer to a question; raises what it was refused with."""
+        """The answer to a question; raises what it was refused with, or that it waited too long, as for a full pool."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         self._waiting.append((question, future))
         if not self._busy:
             self._busy = True
             loop.call_soon(self._begin, loop)  # after all else that has arrived by now
-        return await future
+        late = loop.call_later(self._seconds, self._give_up, future)
+        try:
+            return await future
+        finally:
+            late.cancel()
 
     def close(self) -> None:
         """End the thread; nobody asks any more."""
         self._thread.shutdown(wait=False)
 
+    def _give_up(self, future: asyncio.Future[Answer]) -> None:
+        if not future.done():
+            future.set_exception(PoolTimeout(f"no answer within {self._seconds:g} s"))
+
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
-        self._thread.submit(self._work, batch, loop)
+        batch: list[tuple[Question, asyncio.Future[Answer]]] = []
+        while self._waiting and len(batch) < AT_ONCE:
+            question, future = self._waiting.popleft()
+            if not future.done():  # else its caller is gone, or waited too long
+                batch.append((question, future))
+        self._busy = bool(batch)
+        if batch:
+            self._thread.submit(self._work, batch, loop)
 
     def _work(self, batch: list[tuple[Question, asyncio.Future[Answer]]], loop: asyncio.AbstractEventLoop) -> None:
         """In the thread: answer a batch, whatever comes of it."""
@@ -78,7 +103,4 @@ class Together(Generic[Question, Answer]):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
-        if self._waiting:
-            self._begin(loop)
-        else:
-            self._busy = False
+        self._begin(loop)

@@ -56,16 +56,18 @@ class _Meter:
         self._total, self._progress = total, progress
         self._lock = threading.Lock()
         self._done = 0
+        self.moved = False  # since the start
 
     def start(self, done: int) -> None:
         """So much is known to be done."""
         with self._lock:
-            self._done = done
+            self._done, self.moved = done, False
 
     def add(self, count: int) -> None:
         """So many bytes more; fewer than none where a part has to go again."""
         with self._lock:
             self._done += count
+            self.moved = self.moved or count > 0
             if self._progress:
                 self._progress(self._done, self._total)
 
@@ -84,7 +86,7 @@ def send_parts(
         path: The file.
         missing: Asks which parts have not arrived, with fresh URLs: those of a round that failed go again.
         timeout: Seconds to connect, and between two pieces.
-        patience: Seconds during which rounds in which no part arrives are repeated.
+        patience: Seconds during which rounds in which no part arrives are begun again.
         progress: Called with bytes sent and bytes in all.
 
     Raises:
@@ -97,12 +99,16 @@ def send_parts(
     left, arrived, since = _bytes(parts), False, time.monotonic()
     while parts:
         meter.start(total - _bytes(parts))
+        began = time.monotonic()
         fault = _round(path, parts, timeout, meter)
         again = missing()
+        # On a slow link a part takes minutes: a round in which bytes went out counts from its begin, so that a break is
+        # followed by another round.
+        tried = began if meter.moved else time.monotonic()
         # What counts is what is missing, not what was answered: a proxy may take what no store ever sees.
         if _bytes(again) < left:
             left, arrived, since = _bytes(again), True, time.monotonic()
-        elif time.monotonic() - since > (patience if arrived else min(patience, FIRST_PART_SECONDS)):
+        elif tried - since > (patience if arrived else min(patience, FIRST_PART_SECONDS)):
             kind = Unreachable if arrived else StoreOutOfReach
             told = fault or "what it took is still missing"
             raise kind(f"The object store at {_host(parts[0].url)} takes no part of the file: {told}.")

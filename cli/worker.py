@@ -1,4 +1,4 @@
-"""``forgetd worker``: becomes the process of a worker on one GPU, on some or on none, or keeps one on each."""
+"""``forgetd worker``: keeps a worker alive on one GPU, on some or on each, or becomes one without a GPU."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def worker(
     """Run jobs on this host until SIGTERM or Ctrl-C; what runs then saves its state and goes back to the queue.
 
     With --gpu N the worker sees that GPU alone; a second one on the same GPU of this host is refused. With --gpu all
-    there is a worker for each GPU (or for each FORGETD_GPUS_PER_JOB of them), started again when it dies. With --cpu
-    there is one without a GPU, which validates uploads. If CUDA_VISIBLE_DEVICES is set, N counts in it.
+    there is a worker for each GPU (or for each FORGETD_GPUS_PER_JOB of them). With --gpu a worker that dies is started
+    again. With --cpu this process is the worker, without a GPU, and validates uploads. If CUDA_VISIBLE_DEVICES is set,
+    N counts in it.
 
     Needs the FORGETD_... variables of the service; without them it joins the `forgetd up` that runs here.
     """
@@ -95,11 +96,7 @@ def _on_gpus(gpu: str, queues: Sequence[str], host: str, environment: dict[str, 
         Member(place, _command(_arguments(queues, f"{host}-gpu{place.number}")), _seeing(environment, place), locks)
         for place, locks in zip(chosen, held, strict=True)
     ]
-    if len(members) > 1:
-        raise typer.Exit(Keeper(members, grace_seconds=settings.drain_grace_seconds).run())
-    for descriptor in members[0].locks:
-        os.set_inheritable(descriptor, True)  # held by the worker until it ends, however it does
-    os.execve(sys.executable, list(members[0].command), dict(members[0].environment))  # noqa: S606 our own module
+    raise typer.Exit(Keeper(members, grace_seconds=settings.drain_grace_seconds).run())
 
 
 def _seeing(environment: Mapping[str, str], place: Place) -> dict[str, str]:

@@ -80,7 +80,7 @@ def _deadline(session: Session, asked: datetime | None) -> datetime | None:
     )
 
 
-def create_import(session: Session, checkpoint: Checkpoint, *, actor: str, open_jobs: int) -> Job:
+def create_import(session: Session, checkpoint: Checkpoint, *, actor: str, open_jobs: int | None) -> Job:
     """Queue the validation of an uploaded checkpoint, in the transaction that makes its row.
 
     Raises:
@@ -99,7 +99,7 @@ def create_import(session: Session, checkpoint: Checkpoint, *, actor: str, open_
     return job
 
 
-def _add(session: Session, job: Job, *, actor: str, open_jobs: int) -> None:
+def _add(session: Session, job: Job, *, actor: str, open_jobs: int | None) -> None:
     # Last before the row, since it locks the tenant until the transaction ends.
     quotas.admit(session, job.tenant_id, open_jobs=open_jobs)
     job.traceparent = tracing.current()

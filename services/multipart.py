@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-__all__ = ["Multipart", "StoredPart", "whole"]
+__all__ = ["Multipart", "StoredPart"]
 
 GONE = ("NoSuchKey", "NoSuchUpload", "404")
 
@@ -40,13 +40,12 @@ class Multipart:
 
     def begin(self, key: str) -> str:
         """Begin a write; its upload id."""
-        upload_id: str = _told(self._client.create_multipart_upload(Bucket=self._bucket, Key=key), "UploadId")
-        return upload_id
+        return self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
 
     def begun(self, prefix: str) -> list[str]:
         """The keys under a prefix of writes that were begun and neither finished nor dropped."""
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
-        return [write["Key"] for page in pages if _told(page, "Bucket") for write in page.get("Uploads", [])]
+        return [write["Key"] for page in pages for write in page.get("Uploads", [])]
 
     def url(self, key: str, upload_id: str, number: int, size: int) -> str:
         """Where this part is PUT, by whoever holds it; the length is signed, so that a body of another is refused."""
@@ -93,7 +92,7 @@ class Multipart:
             )
         except ClientError as error:
             raise _missing(error, key) from error
-        listed = [it for page in pages if _told(page, "UploadId") for it in page.get("Parts", [])]
+        listed = [it for page in pages for it in page.get("Parts", [])]
         return {it["PartNumber"]: StoredPart(it["Size"], it["ETag"]) for it in listed}
 
     def finish(self, key: str, upload_id: str, parts: dict[int, StoredPart]) -> None:
@@ -111,37 +110,20 @@ class Multipart:
     def size(self, key: str) -> int:
         """Bytes of a finished object."""
         try:
-            length: int = whole(self._client.head_object(Bucket=self._bucket, Key=key))["ContentLength"]
+            return self._client.head_object(Bucket=self._bucket, Key=key)["ContentLength"]
         except ClientError as error:
             raise _missing(error, key) from error
-        return length
 
     def head(self, key: str, count: int) -> bytes:
         """The first bytes of a finished object, so many at most."""
         try:
-            answer = whole(self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{count - 1}"))
+            answer = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{count - 1}")
         except ClientError as error:
             raise _missing(error, key) from error
         body = answer["Body"]  # as a context manager it would give the stream below it, which counts no bytes
         with body:
             first: bytes = body.read()
         return first
-
-
-def whole(answer: Any) -> Any:
-    """The answer, unless it broke off before it said how long its body is: then any body would look whole."""
-    if "ContentLength" not in answer:
-        if "Body" in answer:
-            answer["Body"].close()
-        raise ConnectionError("the store's answer broke off")
-    return answer
-
-
-def _told(answer: Any, name: str) -> Any:
-    """What an answer always says; one that broke off in its head has no body, and would be read as an empty list."""
-    if name not in answer:
-        raise ConnectionError("the store's answer broke off")
-    return answer[name]
 
 
 def _missing(error: ClientError, key: str) -> Exception:

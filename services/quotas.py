@@ -1,6 +1,8 @@
 """What a tenant may have at once: jobs that have not ended, and jobs that run. Both are counted exactly.
 
 A count and what it allows are one: the tenant's row is locked between them. Foreign keys do not mind that lock.
+A large upload takes its place when it is begun, and what becomes of it is asked nothing more: jobs that came meanwhile
+cost nobody an upload of hours. By so many may the open ones be more than the limit.
 """
 
 from __future__ import annotations
@@ -32,19 +34,21 @@ class Usage:
     running_jobs: int
 
 
-def admit(session: Session, tenant_id: str, *, open_jobs: int) -> None:
+def admit(session: Session, tenant_id: str, *, open_jobs: int | None) -> None:
     """Let one more job in, in the transaction that adds its row.
 
     Args:
         session: Its transaction keeps the tenant's row locked, so that of many requests at once no one too many passes.
         tenant_id: Whose job.
-        open_jobs: The limit of a tenant that has none of its own.
+        open_jobs: The limit of a tenant that has none of its own; None: it was let in before, no limit counts.
 
     Raises:
         QuotaExceeded: The tenant has as many jobs that have not ended as it may.
     """
     own = select(Tenant.max_open_jobs).where(Tenant.id == tenant_id).with_for_update(key_share=True)
-    _refuse(session, tenant_id, session.scalar(own), open_jobs)
+    limit = session.scalar(own)
+    if open_jobs is not None:
+        _refuse(session, tenant_id, limit, open_jobs)
 
 
 def refuse_if_full(session: Session, tenant_id: str, *, open_jobs: int, uploads: int = 0) -> None:

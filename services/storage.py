@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -19,9 +20,10 @@ from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from services.counted import Counted
-from services.multipart import Multipart, whole
+from services.multipart import Multipart
 from services.settings import Settings
 from services.streamed_upload import PART_BYTES, StoredObject, Upload
+from services.whole_answers import take_only_whole_answers
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -62,7 +64,7 @@ class ObjectStorage:
     def __init__(self, settings: Settings, *, counted: Counted | None = None) -> None:
         self.bucket = settings.s3_bucket
         self.moved_at = time.monotonic()  # when bytes or an answer last went either way: who hangs, stands still
-        self._settings = settings
+        self._settings, self._counted = settings, counted
         self._client = self._connect(settings.s3_endpoint_url)
         if counted is not None:
             self._client.meta.events.register("response-received.s3", _Faults(counted))
@@ -90,7 +92,12 @@ class ObjectStorage:
         # Of a store that breaks off in the middle of its "100 Continue", botocore would wait for the rest for ever.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         client.meta.events.register("response-received.s3", self._moved)
+        take_only_whole_answers(client)
         return client
+
+    def another(self) -> ObjectStorage:
+        """The same store for somebody else, with a ``moved_at`` of its own."""
+        return ObjectStorage(self._settings, counted=self._counted)
 
     def _moved(self, *_: object, **__: object) -> None:
         self.moved_at = time.monotonic()
@@ -178,7 +185,7 @@ class ObjectStorage:
     def stream(self, key: str) -> Iterator[bytes]:
         """An object in pieces of at most 1 MiB."""
         try:
-            body = whole(self._client.get_object(Bucket=self.bucket, Key=key))["Body"]
+            body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 raise KeyError(key) from error
@@ -192,9 +199,10 @@ class ObjectStorage:
         Raises:
             KeyError: there is none.
             Stopped: ``going_on``, which is asked all along, said no.
+            ConnectionError: what the store sent is not the whole of it.
         """
         try:
-            answer = whole(self._client.get_object(Bucket=self.bucket, Key=key))
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
             written: str | None = answer["Metadata"].get("sha256")
             body = answer["Body"]  # as a context manager it would give the stream below it, which counts no bytes
             with body:
@@ -207,8 +215,11 @@ class ObjectStorage:
                             self._moved()
                             file.write(chunk)
                     return written
+            asking = _Asking(going_on, self._moved)
             with TransferManager(self._client, TransferConfig()) as manager:
-                _result(manager.download(self.bucket, key, str(path), None, [_Asking(going_on, self._moved)]), key)
+                _result(manager.download(self.bucket, key, str(path), None, [asking]), key)
+            if asking.passed != answer["ContentLength"]:  # a part that is short leaves a hole, which nobody looks for
+                raise ConnectionError("the store's answers were not the whole object")
             return written
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
@@ -218,12 +229,11 @@ class ObjectStorage:
     def size(self, key: str) -> int:
         """Bytes of an object; a missing one is ``KeyError``."""
         try:
-            length: int = whole(self._client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
+            return self._client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 raise KeyError(key) from error
             raise
-        return length
 
     def presigned_get(self, key: str, *, filename: str, media_type: str) -> str:
         """A URL that gives this one object to whoever holds it, for the settings' ``presign_seconds``."""
@@ -317,10 +327,13 @@ class _Asking(BaseSubscriber):
 
     def __init__(self, going_on: Callable[[], bool], moved: Callable[[], None]) -> None:
         self._going_on, self._moved = going_on, moved
+        self._lock = threading.Lock()
+        self.passed = 0  # bytes; what is asked for again counts once
 
     def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
         """Called as bytes pass, before the last part is through."""
-        del bytes_transferred
+        with self._lock:  # by several threads at once
+            self.passed += bytes_transferred
         self._moved()
         if not self._going_on():
             future.cancel()

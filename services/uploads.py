@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -74,9 +75,10 @@ def begin(
     storage: ObjectStorage, tenant_id: str, checkpoint_id: str, *, size: int, name: str, declared: dict[str, Any]
 ) -> Upload:
     """Begin the upload of a file of so many bytes, as this checkpoint."""
+    key = checkpoints.source_key(tenant_id, checkpoint_id)
     upload = Upload(
         id=checkpoint_id,
-        store_id=storage.multipart.begin(checkpoints.source_key(tenant_id, checkpoint_id)),
+        store_id=storage.multipart.begin(key),
         bytes=size,
         part_bytes=max(PART_BYTES, -(-size // PARTS_AT_MOST)),
         name=name,
@@ -84,7 +86,12 @@ def begin(
         expires_at=(datetime.now(UTC) + timedelta(hours=OPEN_HOURS)).isoformat(timespec="seconds"),
     )
     record = json.dumps(asdict(upload)).encode()
-    storage.put(object_keys.upload_record(tenant_id, checkpoint_id), record, media_type="application/json")
+    try:
+        storage.put(object_keys.upload_record(tenant_id, checkpoint_id), record, media_type="application/json")
+    except Exception:
+        with suppress(Exception):  # else its place is taken until the janitor comes
+            storage.multipart.abort(key, upload.store_id)
+        raise
     return upload
 
 
@@ -102,7 +109,7 @@ def find(storage: ObjectStorage, tenant_id: str, checkpoint_id: str) -> Upload:
 
 def under_way(storage: ObjectStorage, tenant_id: str) -> int:
     """How many checkpoints of a tenant's are being written to the store: in parts by it, or streamed by a gateway."""
-    keys = storage.multipart.begun(object_keys.checkpoints_prefix(tenant_id))
+    keys = set(storage.multipart.begun(object_keys.checkpoints_prefix(tenant_id)))  # twice where a reply was lost
     return sum(object_keys.is_source(key) for key in keys)  # a worker writes assets beside them
 
 

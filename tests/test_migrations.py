@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from services.database import Database
-from services.migrations import alembic_config, at_head
+from services.migrations import MigrationBlocked, alembic_config, at_head, upgrade
 from services.tenancy import NewKey
+from tests.worker.helpers import eventually
 
 REVISIONS = [
     step.revision for step in reversed(list(ScriptDirectory.from_config(alembic_config()).walk_revisions()))
@@ -132,6 +134,40 @@ def test_several_hosts_may_migrate_at_once(empty: Connection, database_url: str,
 
     assert ended == [("The database is up to date.\n", 0)] * 3
     assert at_head(empty)
+
+
+# Of a session that has waited for its table so long that it has looked for a deadlock, which each does once, after 1 s.
+WAITS = text("""
+SELECT 1 FROM pg_locks WHERE pid = :pid AND NOT granted AND waitstart < clock_timestamp() - make_interval(secs => :long)
+""")
+
+
+def test_a_step_that_ends_in_a_deadlock_is_undone_and_says_so(
+    empty: Connection, database: Database, database_url: str
+) -> None:
+    upgrade(database_url, "0002")  # the next locks tenants, then jobs
+    migrator = text("SELECT pid FROM pg_locks WHERE relation = 'tenants'::regclass AND NOT granted")
+
+    with (
+        ThreadPoolExecutor(2) as threads,
+        database.engine.connect() as holder,
+        database.engine.connect() as other,
+    ):
+        holder.execute(text("SELECT 1 FROM tenants"))
+        other.execute(text("SELECT 1 FROM jobs"))
+        pid = other.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        upgrading = threads.submit(upgrade, database_url, "0003", lock_timeout="60s")
+        eventually(lambda: empty.execute(migrator).all())
+        asking = threads.submit(other.execute, text("SELECT 1 FROM tenants"))
+        eventually(lambda: empty.execute(WAITS, {"pid": pid, "long": 2}).all())
+        holder.rollback()  # the step goes on to jobs, and nobody else will look for a deadlock
+
+        with pytest.raises(MigrationBlocked, match="waited for this one in its turn"):
+            upgrading.result(60)
+        assert asking.result(60).all() == []
+
+    assert empty.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "0002"
+    assert "max_open_jobs" not in {column["name"] for column in inspect(empty).get_columns("tenants")}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ def _unheard_left_out(app: Celery, due: list[tuple[str, str]]) -> list[tuple[str
     rung: list[tuple[str, str]] = []
     for queue in dict.fromkeys(queue for _, queue in due):
         of_queue = [bell for bell in due if bell[1] == queue]
-        rung += of_queue[: max(0, len(of_queue) - unheard(app, queue))]
+        lying = unheard(app, queue)
+        if lying:
+            logger.debug("%s: %d bells lie there unheard, so that as many fewer ring", queue, lying)
+        rung += of_queue[: max(0, len(of_queue) - lying)]
     return rung
 
 

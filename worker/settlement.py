@@ -33,7 +33,6 @@ class Settlement:
     Args:
         settings: the budgets.
         database: where to.
-        storage: where the artifacts lie of an attempt that came too late.
         metrics: told of leases that turn out to be gone.
         until: when a draining worker has to go (``time.monotonic``).
     """
@@ -42,18 +41,20 @@ class Settlement:
         self,
         settings: Settings,
         database: Database,
-        storage: ObjectStorage,
         metrics: Metrics,
         *,
         until: Callable[[], float],
     ) -> None:
-        self._settings, self._database, self._storage = settings, database, storage
+        self._settings, self._database = settings, database
         self._metrics, self._until = metrics, until
 
-    def settle(self, claim: Claim, keeper: LeaseKeeper, ending: Ending) -> str:
-        """Bring the attempt's end into the database, or learn that it is not ours to bring."""
+    def settle(self, storage: ObjectStorage, claim: Claim, keeper: LeaseKeeper, ending: Ending) -> str:
+        """Bring the attempt's end into the database, or learn that it is not ours to bring.
+
+        ``storage`` is where the artifacts lie of an attempt that came too late.
+        """
         if ending.kind == "gone":
-            return self._lost(claim)
+            return self._lost(storage, claim)
         limit = time.monotonic() + SETTLING_SECONDS
 
         def going_on() -> bool:
@@ -88,11 +89,11 @@ class Settlement:
                 return "unsettled"
         except GaveUp:
             return "unsettled"  # the reaper will find the lease expired
-        return self._lost(claim) if outcome == "lost" else outcome
+        return self._lost(storage, claim) if outcome == "lost" else outcome
 
-    def _lost(self, claim: Claim) -> str:
+    def _lost(self, storage: ObjectStorage, claim: Claim) -> str:
         self._metrics.count("lease_losses", cause="taken")
-        self._erase_own(claim)
+        self._erase_own(storage, claim)
         return "lost"
 
     @staticmethod
@@ -106,9 +107,10 @@ class Settlement:
         # Our token, yet not held: we or the reaper gave it back; either way what we wrote is referenced by nobody.
         return now.status if ending.prefix is None else "lost"
 
-    def _erase_own(self, claim: Claim) -> None:
+    @staticmethod
+    def _erase_own(storage: ObjectStorage, claim: Claim) -> None:
         """Leave no artifacts behind that nobody will ever name."""
         try:
-            self._storage.erase(object_keys.attempt_prefix(claim.tenant_id, claim.job_id, claim.token))
+            storage.erase(object_keys.attempt_prefix(claim.tenant_id, claim.job_id, claim.token))
         except Exception as error:
             logger.warning("%s attempt %d: leftovers stay (%s)", claim.job_id, claim.attempt, type(error).__name__)

@@ -64,12 +64,14 @@ class Supervisor:
         self._settings = settings
         self._database = database
         self._storage = storage
+        # One an attempt at a time: what one of them moves says nothing of a neighbour that stands still.
+        self._idle_storages = [storage]
         self._scratch = scratch
         self._worker = worker
         self._command = tuple(runner_command)
         self._oom_kills, self._on_stall = oom_kills, on_stall
         self._metrics, self._tracing = metrics or Metrics(), tracing or Tracing()
-        self._settlement = Settlement(settings, database, storage, self._metrics, until=lambda: self._drain_by)
+        self._settlement = Settlement(settings, database, self._metrics, until=lambda: self._drain_by)
         self._here: set[str] = set()
         self._lock = threading.Lock()
         self.drain = threading.Event()
@@ -128,6 +130,8 @@ class Supervisor:
     def _attempt(self, claim: Claim, before: float) -> str:
         """From the claim, which was asked for at ``before``, to the end."""
         logger.info("%s attempt %d: claimed, token %d", claim.job_id, claim.attempt, claim.token)
+        with self._lock:
+            storage = self._idle_storages.pop() if self._idle_storages else self._storage.another()
         span = self._tracing.begin("job", parent=claim.traceparent)
         phases = Phases(self._metrics, span, method=_method(claim))
         keeper = LeaseKeeper(
@@ -136,17 +140,19 @@ class Supervisor:
             ttl_seconds=self._settings.lease_ttl_seconds,
             claimed_at=before,
             stall_seconds=self._settings.stall_seconds,
-            elsewhere_at=lambda: self._storage.moved_at,
+            elsewhere_at=lambda: storage.moved_at,
             on_stall=self._on_stall,
         )
         with keeper, self._scratch.attempt(claim.job_id, claim.token) as folder:
             try:
-                ending = _Attempt(self, claim, keeper, folder, phases).work()
+                ending = _Attempt(self, storage, claim, keeper, folder, phases).work()
             except Exception as error:
                 # A fault of ours: the job goes back to the queue at once, within its budget.
                 logger.exception("%s attempt %d: the supervisor failed", claim.job_id, claim.attempt)
                 ending = Ending("lost", why=f"supervisor: {type(error).__name__}")
-            outcome = self._settlement.settle(claim, keeper, ending)
+            outcome = self._settlement.settle(storage, claim, keeper, ending)
+        with self._lock:
+            self._idle_storages.append(storage)
         phases.end()
         span.end("job", traced(claim, outcome, _method(claim)), failed=outcome in ("failed", "lost", "unsettled"))
         logger.info("%s attempt %d: %s", claim.job_id, claim.attempt, outcome)
@@ -186,10 +192,17 @@ class Supervisor:
 class _Attempt:
     """The time between claim and ending. ``work`` says how it ended and touches no status."""
 
-    def __init__(self, supervisor: Supervisor, claim: Claim, keeper: LeaseKeeper, folder: Path, phases: Phases) -> None:
-        self._supervisor = supervisor
-        self._settings = supervisor._settings
-        self._database, self._storage = supervisor._database, supervisor._storage
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        storage: ObjectStorage,
+        claim: Claim,
+        keeper: LeaseKeeper,
+        folder: Path,
+        phases: Phases,
+    ) -> None:
+        self._supervisor, self._storage = supervisor, storage
+        self._settings, self._database = supervisor._settings, supervisor._database
         self._claim, self._keeper, self._folder, self._phases = claim, keeper, folder, phases
         self._result: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None

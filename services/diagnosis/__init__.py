@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -45,6 +45,9 @@ def diagnose(environment: Mapping[str, str] | None = None, *, seconds: float = A
         facts.seen = accelerators.look(environment, seconds=GPU_SECONDS - 1)
         return iter(())
 
+    def unheard(queues: list[str]) -> dict[str, int]:
+        return {} if "broker_url" in reading.nowhere else broker.unheard(settings, queues)
+
     checks = [Check("gpu", GPU_SECONDS, torch, "Look at: nvidia-smi")]
     if "broker_url" not in reading.nowhere:
         mend = "Look at the broker and at the way to it: a firewall drops what it does not let through."
@@ -53,7 +56,7 @@ def diagnose(environment: Mapping[str, str] | None = None, *, seconds: float = A
     checks.insert(0, Check("store", seconds, lambda: store.questions(settings), mend))
     if "database_url" not in reading.nowhere:
         mend = "Look at PostgreSQL and at the way to it: a firewall drops what it does not let through."
-        checks.insert(0, Check("database", seconds, lambda: _database(settings, facts), mend))
+        checks.insert(0, Check("database", seconds, lambda: _database(settings, facts, unheard), mend))
     findings = [*reading.findings, *ask(checks)]
     mend = "Look at the disk of FORGETD_SCRATCH_DIR."
     findings += ask(
@@ -65,7 +68,7 @@ def diagnose(environment: Mapping[str, str] | None = None, *, seconds: float = A
     return [_without_secrets(finding, settings) for finding in findings]
 
 
-def _database(settings: Settings, facts: _Facts) -> Iterator[Finding]:
+def _database(settings: Settings, facts: _Facts, unheard: Callable[[list[str]], dict[str, int]]) -> Iterator[Finding]:
     """The server, and what it tells of the work. Nothing is written: the transaction is rolled back."""
     there = Database(settings.database_url.get_secret_value(), pool_size=1)
     try:
@@ -80,7 +83,7 @@ def _database(settings: Settings, facts: _Facts) -> Iterator[Finding]:
                 return
         with there.transaction() as session:
             facts.live, facts.largest_checkpoint = work.listeners(session), work.largest_checkpoint(session)
-            yield from work.questions(session, settings, facts.live)
+            yield from work.questions(session, settings, facts.live, unheard=unheard)
             session.rollback()
     finally:
         there.close()

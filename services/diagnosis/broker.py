@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,10 +12,11 @@ import redis
 from services.diagnosis.findings import Finding, first_line, ok, warning, wrong
 from services.settings import Settings
 
-__all__ = ["questions"]
+__all__ = ["questions", "unheard"]
 
 CHECK = "broker"
 ANSWER_SECONDS = 3.0
+LENGTH_SECONDS = 1.0
 FULL = 0.9  # of maxmemory
 REFUSALS = ("WRONGPASS", "NOAUTH", "invalid password", "invalid username-password", "Authentication required")
 
@@ -42,6 +43,16 @@ def questions(settings: Settings) -> Iterator[Finding]:
         if urlsplit(url).password is None:
             says = "it asks for no password: whoever reaches it can ring doorbells and drop them"
             yield warning(f"{CHECK} password", says, "Set requirepass there, and the password in FORGETD_BROKER_URL.")
+
+
+def unheard(settings: Settings, queues: Iterable[str]) -> dict[str, int]:
+    """Doorbells that lie in these queues; empty of a broker that does not say, of which ``questions`` says why."""
+    try:
+        url = settings.broker_url.get_secret_value()
+        with redis.Redis.from_url(url, socket_connect_timeout=LENGTH_SECONDS, socket_timeout=LENGTH_SECONDS) as client:
+            return {queue: int(client.llen(queue)) for queue in queues}  # a queue of Celery's is a list of its name
+    except (ValueError, redis.RedisError):
+        return {}
 
 
 def _away(error: redis.RedisError) -> Finding:

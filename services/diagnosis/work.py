@@ -1,9 +1,9 @@
-"""The work: whether somebody rings, somebody listens, and nothing piles up. Asked of the database alone."""
+"""The work: whether somebody rings, somebody hears it, and nothing piles up. The database is asked, the broker once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ FROM process_counters WHERE kind = 'control'
 EXPIRED = text("""
 SELECT count(*) FROM jobs WHERE status IN ('running', 'cancelling')
 AND lease_until < clock_timestamp() - make_interval(secs => :late)
+""")
+HELD_BY = text("""
+SELECT worker, count(*) AS jobs FROM jobs WHERE status IN ('running', 'cancelling') GROUP BY worker
 """)
 LEFT_LYING = text("""
 SELECT id FROM jobs WHERE id = ANY (:ids)
@@ -92,11 +95,20 @@ def largest_checkpoint(session: Session) -> int:
     return int(found or 0)
 
 
-def questions(session: Session, settings: Settings, live: Sequence[Listener]) -> Iterator[Finding]:
-    """In a transaction that is rolled back. Each statement has seconds, so that a doctor is no burden itself."""
+def questions(
+    session: Session, settings: Settings, live: Sequence[Listener], *, unheard: Callable[[list[str]], Mapping[str, int]]
+) -> Iterator[Finding]:
+    """In a transaction that is rolled back. Each statement has seconds, so that a doctor is no burden itself.
+
+    Args:
+        session: Of the transaction.
+        settings: With the limits of tenants.
+        live: The workers.
+        unheard: How many doorbells lie in each of these queues, as far as the broker says.
+    """
     session.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_MILLISECONDS}"))
     backlog = session.execute(BACKLOG, {"most": COUNTED_AT_MOST}).all()
-    yield from _control(session, settings)
+    yield from _control(session, settings, live, unheard)
     yield from _workers(backlog, live)
     yield from _waiting(backlog)
     yield from _lost(session)
@@ -104,7 +116,9 @@ def questions(session: Session, settings: Settings, live: Sequence[Listener]) ->
     yield from _leftovers(session)
 
 
-def _control(session: Session, settings: Settings) -> Iterator[Finding]:
+def _control(
+    session: Session, settings: Settings, live: Sequence[Listener], unheard: Callable[[list[str]], Mapping[str, int]]
+) -> Iterator[Finding]:
     check = "control loop"
     mend = "Start one: python -m worker.control. If one runs, its log says what keeps it."
     seen = session.execute(CONTROL, {"silent": CONTROL_SILENT_SECONDS}).one()
@@ -112,36 +126,60 @@ def _control(session: Session, settings: Settings) -> Iterator[Finding]:
         time.sleep(FIRST_SIGN_SECONDS)
         seen = session.execute(CONTROL, {"silent": CONTROL_SILENT_SECONDS}).one()
     expired = session.execute(EXPIRED, {"late": EXPIRED_SECONDS}).scalar_one()
-    unrung = _unrung(session, settings)
+    due = _unrung(session, settings)
+    # Where bells lie, the loop has rung: it rings for no more jobs than lie there unheard.
+    lengths = unheard(sorted(set(due.values()))) if due else {}
+    lying = {queue: count for queue, count in lengths.items() if count}
+    unrung = sorted(job_id for job_id, queue in due.items() if queue not in lying)
     if expired:
         says = f"{_jobs(expired)} held by dead workers for more than {EXPIRED_SECONDS} s past the lease, not taken back"
         yield wrong(check, says, mend)
     if unrung:
         says = f"{_jobs(len(unrung))} could start and {_was(len(unrung))} not told to for {UNRUNG_SECONDS} s"
-        yield wrong(check, f"{says} ({_some(unrung)})", f"{mend} It also needs the broker.")
+        yield wrong(check, f"{says} ({_some(unrung)})", f"{mend} It also needs the workers' broker.")
     if not seen.live:
         ago = "was ever seen" if seen.silent is None else f"was seen for {_length(float(seen.silent))}"
         yield wrong(check, f"none {ago}: jobs do not start, and lost ones do not go on", mend)
     elif not expired and not unrung:
         yield ok(check, f"{seen.live} at work" if seen.live > 1 else "at work")
+    if lengths or not due:  # the broker says, or need not be asked
+        yield from _doorbells(session, lying, live)
 
 
-def _unrung(session: Session, settings: Settings) -> list[str]:
-    """Jobs with a free slot that nobody told to start, in two looks; the locks of a look are given back at once."""
+def _doorbells(session: Session, lying: Mapping[str, int], live: Sequence[Listener]) -> Iterator[Finding]:
+    """Bells that lie in the broker while workers who should hear them have a free slot."""
+    check = "doorbells"
+    busy = {row.worker: row.jobs for row in session.execute(HELD_BY)} if lying else {}
+    for queue, count in lying.items():
+        free = [one.worker for one in live if one.queue == queue and busy.get(one.worker, 0) < one.slots]
+        says = f"{count} lie{'s' if count == 1 else ''} unheard in queue {queue}, whose workers have a slot free"
+        mend = (
+            "Let workers and control loop have the same FORGETD_BROKER_URL: server, and number after the slash. If "
+            "they do, the log of each worker says whether it reaches the broker."
+        )
+        yield wrong(check, f"{says} ({_some(free)})", mend)
+    if not lying:
+        yield ok(check, "none lies unheard while a slot is free")
+
+
+def _unrung(session: Session, settings: Settings) -> dict[str, str]:
+    """Jobs, with their queues, that have a free slot and that nobody told to start, in two looks."""
     left = _left_lying(session, settings)
     if left:
         time.sleep(AGAIN_SECONDS)
-        left &= _left_lying(session, settings)
-    return sorted(left)
+        again = _left_lying(session, settings)
+        left = {job_id: queue for job_id, queue in left.items() if job_id in again}
+    return left
 
 
-def _left_lying(session: Session, settings: Settings) -> set[str]:
+def _left_lying(session: Session, settings: Settings) -> dict[str, str]:
+    """In one look, whose locks are given back at once."""
     look = session.begin_nested()
     due = dispatch.dispatchable(session, ring_seconds=UNRUNG_SECONDS, running_jobs=settings.tenant_running_jobs)
     found = session.scalars(LEFT_LYING, {"ids": [job_id for job_id, _ in due], "late": UNRUNG_SECONDS})
-    ids = set(found)
+    late = set(found)
     look.rollback()
-    return ids
+    return {job_id: queue for job_id, queue in due if job_id in late}
 
 
 def _workers(backlog: Sequence[Row[Any]], live: Sequence[Listener]) -> Iterator[Finding]:

@@ -13,12 +13,15 @@ __all__ = ["MigrationBlocked", "alembic_config", "at_head", "upgrade"]
 
 CONFIGURATION = Path(__file__).resolve().with_name("alembic.ini")
 
-
-LOCK_NOT_AVAILABLE = "55P03"
+BLOCKED = {  # by SQLSTATE
+    "55P03": "A table stayed locked by another session. End what holds the lock (a long transaction: see "
+    "pg_stat_activity) and run this again.",
+    "40P01": "A table was locked by another session, which waited for this one in its turn. Run this again.",
+}
 
 
 class MigrationBlocked(Exception):
-    """A step waited too long for a lock that somebody holds; the schema is as the last complete step left it."""
+    """A step did not get a lock that somebody holds; the schema is as the last complete step left it."""
 
 
 def alembic_config(database_url: str | None = None) -> Any:
@@ -40,7 +43,8 @@ def upgrade(database_url: str, revision: str = "head", *, lock_timeout: str | No
         lock_timeout: How long each statement waits for its lock, as PostgreSQL writes it; None: 5s.
 
     Raises:
-        MigrationBlocked: A lock was not to be had within that time. The step is undone; run it again.
+        MigrationBlocked: A lock was not to be had within that time, or at all, since its holder waited for one of
+            ours. The step is undone; run it again.
     """
     from alembic import command
 
@@ -49,12 +53,11 @@ def upgrade(database_url: str, revision: str = "head", *, lock_timeout: str | No
     try:
         command.upgrade(config, revision)
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+        why = BLOCKED.get(str(getattr(error.orig, "sqlstate", None)))
+        if why is None:
             raise
         raise MigrationBlocked(
-            "A table stayed locked by another session, so that the step which needs it was undone; the schema is as "
-            "the step before left it. End what holds the lock (a long transaction: see pg_stat_activity) and run this "
-            "again."
+            f"{why} The step which needs it was undone; the schema is as the step before left it."
         ) from error
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from api.app import create_app
 from services import object_keys, quotas, uploads
@@ -22,7 +24,7 @@ from services.storage import ObjectStorage
 from services.tables import Job, Tenant
 from services.tenancy import Caller, NewKey
 from services.uploads import PART_BYTES
-from tests.relays import AskingRelay, RelayThread
+from tests.relays import AskingRelay, Connection, Relay, RelayThread
 from tests.worker.helpers import eventually
 from worker.janitor import UNFINISHED_HOURS
 
@@ -202,6 +204,20 @@ def relay(settings: Settings) -> Iterator[AskingRelay]:
         relay.close()
 
 
+class LosingRelay(Relay):
+    """Loses the first answer of the store to a write in parts that is begun."""
+
+    _lost: Connection | None = None
+
+    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
+        if self._lost is None and data.startswith(b"POST ") and b"?uploads" in data.split(b"\r\n")[0]:
+            self._lost = connection
+        return data
+
+    async def back(self, data: bytes, connection: Connection) -> bytes | None:
+        return None if connection is self._lost else data
+
+
 @pytest.fixture
 def behind(settings: Settings, relay: AskingRelay) -> Settings:
     """The settings of that gateway; callers reach the store itself."""
@@ -368,6 +384,81 @@ def test_uploads_under_way_and_open_jobs_share_one_limit(
     assert (refused.status_code, refused.json()["type"]) == (429, "urn:forgetd:problem:quota-exceeded")
     assert (refused.json()["limit"], refused.json()["open"]) == (2, 2)
     assert begun(storage, caller) == 1
+
+
+def test_a_job_that_came_meanwhile_costs_no_upload_its_place(
+    client: httpx.Client, body: dict[str, Any], limit: Callable[[int], None]
+) -> None:
+    limit(1)
+    upload = begin(client)
+    send(upload)
+    assert client.post("/jobs/forget", json=body).status_code == 202
+
+    answer = complete(client, upload)
+
+    assert answer.status_code == 202, answer.text
+    refused = client.post("/checkpoints/uploads", json={"bytes": 5})
+    assert (refused.status_code, refused.json()["limit"]) == (429, 1)
+
+
+def test_an_upload_whose_record_was_refused_takes_no_place(
+    relay: AskingRelay,
+    behind: Settings,
+    serve: Callable[..., httpx.Client],
+    api_key: NewKey,
+    storage: ObjectStorage,
+    caller: Caller,
+) -> None:
+    client = serve(create_app(behind), api_key)
+    unavailable = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    relay.asked = lambda head: unavailable if head.startswith(b"PUT ") and b"source.upload" in head else None
+
+    answer = client.post("/checkpoints/uploads", json={"bytes": 5})
+
+    assert (answer.status_code, answer.json()["server"]) == (503, "storage")
+    assert begun(storage, caller) == 0
+
+
+def test_an_upload_begun_when_the_database_went_takes_no_place(
+    relay: AskingRelay,
+    behind: Settings,
+    serve: Callable[..., httpx.Client],
+    api_key: NewKey,
+    storage: ObjectStorage,
+    caller: Caller,
+) -> None:
+    url = make_url(behind.database_url.get_secret_value())
+    with RelayThread() as thread:
+        cable = Relay(thread, url.port or 0)
+        url = url.set(host="127.0.0.1", port=cable.port)
+        app = create_app(behind.model_copy(update={"database_url": SecretStr(url.render_as_string(False))}))
+        client = serve(app, api_key)
+        relay.asked = lambda head: cable.close() if b"source.upload" in head else None  # between the two looks
+
+        answer = client.post("/checkpoints/uploads", json={"bytes": 5})
+
+    assert (answer.status_code, answer.json()["server"]) == (503, "database")
+    assert begun(storage, caller) == 0
+
+
+def test_a_begin_that_the_store_answered_twice_takes_one_place(
+    settings: Settings,
+    serve: Callable[..., httpx.Client],
+    api_key: NewKey,
+    storage: ObjectStorage,
+    caller: Caller,
+    limit: Callable[[int], None],
+) -> None:
+    limit(2)
+    with RelayThread() as thread:
+        relay = LosingRelay(thread, int(str(settings.s3_endpoint_url).rpartition(":")[2]))
+        app = create_app(settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{relay.port}"}))
+        client = serve(app, api_key)
+        answers = [client.post("/checkpoints/uploads", json={"bytes": 5}) for _ in range(2)]
+        relay.close()
+
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert begun(storage, caller) == 3  # of two checkpoints
 
 
 def test_of_many_uploads_begun_at_once_none_is_too_many(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from api.together import AT_ONCE, Together
 from services.errors import ForgetdError, NotFound
@@ -30,9 +31,9 @@ class Asked:
 
 
 @contextmanager
-def asking() -> Iterator[tuple[Asked, Together[int, int]]]:
+def asking(**options: float) -> Iterator[tuple[Asked, Together[int, int]]]:
     asked = Asked()
-    together = Together[int, int](asked)
+    together = Together[int, int](asked, **options)
     try:
         yield asked, together
     finally:
@@ -102,3 +103,41 @@ def test_asker_who_left_holds_nobody_up() -> None:
 
     with asking() as (asked, together):
         assert asyncio.run(leave(asked, together)) == 9
+
+
+def test_who_waits_too_long_is_told_and_is_not_asked_for() -> None:
+    async def wait(asked: Asked, together: Together[int, int]) -> list[int | BaseException]:
+        hung = [asyncio.ensure_future(together.ask(2))]
+        while not asked.batches:
+            await asyncio.sleep(0.001)
+        hung.append(asyncio.ensure_future(together.ask(3)))
+        told = await asyncio.gather(*hung, return_exceptions=True)
+        later = asyncio.ensure_future(together.ask(4))
+        await asyncio.sleep(0)
+        asked.go_on.set()
+        return [*told, await later]
+
+    with asking(seconds=0.5) as (asked, together):
+        *told, answer = asyncio.run(asyncio.wait_for(wait(asked, together), 8))
+
+    assert [type(error) for error in told] == [PoolTimeout] * 2
+    assert answer == 16
+    assert asked.batches == [[2], [4]]
+
+
+def test_a_batch_of_nobody_is_not_asked() -> None:
+    async def leave(asked: Asked, together: Together[int, int]) -> int:
+        first = asyncio.ensure_future(together.ask(2))
+        while not asked.batches:
+            await asyncio.sleep(0.001)
+        gone = asyncio.ensure_future(together.ask(3))
+        await asyncio.sleep(0)
+        gone.cancel()
+        asked.go_on.set()
+        await first
+        return await together.ask(4)
+
+    with asking() as (asked, together):
+        assert asyncio.run(asyncio.wait_for(leave(asked, together), 8)) == 16
+
+    assert asked.batches == [[2], [4]]

@@ -1,4 +1,4 @@
-"""What README and docs claim and a program can check: links, commands, settings, tasks."""
+"""What README and docs claim and a program can check: links, files, commands, programs, settings, tasks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from cli.main import app
 from services.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("howto-*.md")), ROOT / "docs" / "running.md"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALONE = ("up", "demo", "migrate", "train", "doctor", "worker")
 GROUPS = ("checkpoints", "classifiers", "images", "jobs", "keys", "tenants")
 COMMAND = re.compile(rf"(?<![\w/.\-])forgetd ((?:{'|'.join(ALONE)}|(?:{'|'.join(GROUPS)}) [a-z]+)\b[^\n`#|)]*)")
+PROGRAM = re.compile(r"python -m ((?:benchmarks|examples|tests|worker)(?:\.\w+)*)([^\n`#|]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -46,6 +47,26 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         assert [word for word in words if word.startswith("--") and word not in shown.output] == [], text
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_and_their_options_exist(page: Path) -> None:
+    for module, rest in PROGRAM.findall(page.read_text()):
+        known = options(module)
+
+        assert [word for word in rest.split() if word.startswith("--") and word not in known] == [], module
+
+
+def options(module: str) -> set[str]:
+    """What a program may be given: in its own words, or in those of a module of its room that it takes in."""
+    program = source(module)
+    beside = re.findall(rf"^from ({module.split('.')[0]}(?:\.\w+)+) import", program, re.MULTILINE)
+    return set(re.findall(r'"(--[a-z\-]+)"', "".join([program, *map(source, beside)])))
+
+
+def source(module: str) -> str:
+    place = ROOT.joinpath(*module.split("."))
+    return (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
+
+
 def test_the_table_of_settings_is_complete_and_right() -> None:
     rows = re.findall(
         r"^\| `(FORGETD_\w+)` \| ([^|]*) \| ([^|]+) \|$", (ROOT / "docs/running.md").read_text(), re.MULTILINE
@@ -64,6 +85,6 @@ def test_the_table_of_settings_is_complete_and_right() -> None:
 
 def test_the_tasks_named_are_those_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)", " ".join(page.read_text() for page in PAGES)))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z]+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE))
 
     assert named - targets == set()

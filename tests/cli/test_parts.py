@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,7 @@ from tests.cli.scripted import Answer, ScriptedServer
 MakeServer = Callable[..., ScriptedServer]
 Connect = Callable[..., Client]
 PART = 5 * 2**20  # the protocol's least, but for the last
+SLOW_SECONDS = 1.5
 
 
 class Written:
@@ -53,6 +59,21 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def slow_link() -> Iterator[str]:
+    """Where something takes some of a part, for a while, and hangs up."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(2 * 2**20, socket.MSG_WAITALL)
+            time.sleep(SLOW_SECONDS)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/p"
+        server.shutdown()
+
+
 def test_parts_make_the_file(storage: ObjectStorage, path: Path) -> None:
     written, steps = Written(storage, path), list[tuple[int, int]]()
 
@@ -84,6 +105,47 @@ def test_store_that_never_took_a_part_is_out_of_reach(path: Path) -> None:
 
     with pytest.raises(StoreOutOfReach, match=r"127\.0\.0\.1:1 takes no part"):
         send_parts(path, lambda: nowhere, timeout=1, patience=0)
+
+
+def test_a_break_after_a_long_round_is_followed_by_another_round(
+    storage: ObjectStorage, path: Path, slow_link: str
+) -> None:
+    written = Written(storage, path)
+
+    def missing() -> list[Part]:
+        parts = written.missing()
+        return parts if written.rounds > 1 else [Part(it.first, it.bytes, slow_link) for it in parts[:1]]
+
+    send_parts(path, missing, timeout=10, patience=SLOW_SECONDS / 2)
+
+    assert written.finish() == path.read_bytes()
+
+
+def test_a_link_that_breaks_again_and_again_comes_to_an_end(path: Path, slow_link: str) -> None:
+    asked = list[int]()
+
+    def missing() -> list[Part]:
+        asked.append(1)
+        return [Part(0, PART, slow_link)]
+
+    with pytest.raises(StoreOutOfReach, match="takes no part"):
+        send_parts(path, missing, timeout=10, patience=SLOW_SECONDS / 2)
+    assert len(asked) == 3  # one round, and another
+
+
+def test_a_store_that_takes_no_connection_is_not_tried_for_long(path: Path) -> None:
+    asked = list[int]()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, closing(socket.socket()) as first:
+        first.connect(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/p"
+
+        def missing() -> list[Part]:
+            asked.append(1)
+            return [Part(0, PART, url)]
+
+        with pytest.raises(StoreOutOfReach, match="takes no part"):
+            send_parts(path, missing, timeout=1, patience=0.5)
+    assert len(asked) == 2  # one round
 
 
 def test_store_that_takes_no_more_is_no_reason_to_begin_anew(storage: ObjectStorage, path: Path) -> None:

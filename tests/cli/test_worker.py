@@ -1,4 +1,4 @@
-"""``forgetd worker``: one worker a GPU, which sees that GPU alone; its signals and its exit code are the worker's."""
+"""``forgetd worker``: one worker a GPU, which sees that GPU alone, is kept alive, and drains with its keeper."""
 
 from __future__ import annotations
 
@@ -93,17 +93,34 @@ def variable(pid: int, name: str) -> str | None:
     return dict(pair.partition("=")[::2] for pair in pairs if pair).get(name)
 
 
-def test_it_becomes_a_worker_that_sees_its_gpu_alone(start: Callable[..., Started], database: Database) -> None:
-    worker = start("--gpu", "1")
+def test_a_worker_sees_its_gpu_alone(start: Callable[..., Started], database: Database) -> None:
+    keeper = start("--gpu", "1")
     eventually(lambda: listening(database), within=SECONDS)
 
     ((name, queues),) = listening(database).items()
-    assert name.startswith(f"{socket.gethostname()}-gpu1-{worker.pid}-")  # the very process that was started
+    (worker,) = keeper.children()
+    assert name.startswith(f"{socket.gethostname()}-gpu1-{worker.pid}-")
     assert queues == {"gpu.flow", "gpu.diffusion"}
     assert variable(worker.pid, "CUDA_VISIBLE_DEVICES") == "1"
     assert variable(worker.pid, "CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    assert worker.ends(signal.SIGTERM) == 0
-    assert listening(database) == {}
+
+
+@pytest.mark.parametrize("gpu", ["0", "all"])
+def test_the_worker_of_the_only_gpu_is_started_again_and_drains(
+    start: Callable[..., Started], database: Database, gpu: str
+) -> None:
+    keeper = start("--gpu", gpu, CUDA_VISIBLE_DEVICES="2")
+    eventually(lambda: listening(database), within=SECONDS)
+    (first,) = keeper.children()
+
+    first.kill()  # as one that waits in vain ends itself
+
+    eventually(lambda: any(f"-{first.pid}-" not in name for name in listening(database)), within=SECONDS)
+    (second,) = keeper.children()
+    assert variable(second.pid, "CUDA_VISIBLE_DEVICES") == "2"
+    assert keeper.ends(signal.SIGTERM) == 0
+    assert not alive(second.pid)
+    assert not any(f"-{second.pid}-" in name for name in listening(database))  # it said goodbye
 
 
 def test_a_second_worker_on_a_gpu_is_refused_while_the_first_lives(
@@ -111,20 +128,23 @@ def test_a_second_worker_on_a_gpu_is_refused_while_the_first_lives(
 ) -> None:
     first = start("--gpu", "0")
     eventually(lambda: listening(database), within=SECONDS)
+    (worker,) = first.children()
 
     refused = forgetd_here("worker", "--gpu", "0", cwd=tmp_path, env=gpus)
 
     assert refused.code == ExitCode.FAILURE
     assert f"GPU 0 has a worker already (process {first.pid})" in refused.err
     first.ends(signal.SIGKILL)
-    second = start("--gpu", "0", "--name", "again")
-    eventually(lambda: any(f"again-gpu0-{second.pid}-" in name for name in listening(database)), within=SECONDS)
+    eventually(lambda: not alive(worker.pid), within=SECONDS)  # it drains, and has the GPU until then
+    start("--gpu", "0", "--name", "again")
+    eventually(lambda: any(name.startswith("again-gpu0-") for name in listening(database)), within=SECONDS)
 
 
 def test_numbers_count_in_what_the_environment_shows(start: Callable[..., Started], database: Database) -> None:
-    worker = start("--gpu", "1", "--queues", "gpu.flow", CUDA_VISIBLE_DEVICES="0,2")
+    keeper = start("--gpu", "1", "--queues", "gpu.flow", CUDA_VISIBLE_DEVICES="0,2")
     eventually(lambda: listening(database), within=SECONDS)
 
+    (worker,) = keeper.children()
     assert variable(worker.pid, "CUDA_VISIBLE_DEVICES") == "2"
     assert list(listening(database).values()) == [{"gpu.flow"}]
 
@@ -136,7 +156,10 @@ def test_without_a_gpu_it_takes_what_needs_none(start: Callable[..., Started], d
     with database.transaction() as session:
         rows = [(row.queue, row.slots) for row in session.scalars(select(WorkerSlot))]
     assert rows == [("cpu", 2)]
+    assert f"converter-{worker.pid}-" in next(iter(listening(database)))  # the very process that was started
     assert variable(worker.pid, "CUDA_VISIBLE_DEVICES") == ""
+    assert worker.ends(signal.SIGTERM) == 0
+    assert listening(database) == {}
 
 
 def test_all_gpus_have_workers_that_are_kept_and_end_in_order(

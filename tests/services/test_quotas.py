@@ -81,6 +81,20 @@ def test_a_limit_of_its_own_comes_before_that_of_the_settings(protocol: Protocol
     assert admitted(protocol, open_jobs=100)
 
 
+def test_what_has_its_place_already_is_let_in_and_counts(protocol: Protocol, database: Database) -> None:
+    protocol.queue()
+    limit(database, max_open_jobs=1)
+
+    assert admitted(protocol, open_jobs=None)
+
+    with pytest.raises(QuotaExceeded) as refused, database.transaction() as session:
+        quotas.refuse_if_full(session, protocol.caller.tenant_id, open_jobs=100)
+    assert refused.value.members["limit"] == 1
+    limit(database, max_open_jobs=2)
+    with pytest.raises(QuotaExceeded):
+        admitted(protocol, open_jobs=100)
+
+
 def test_of_many_claims_at_once_as_many_succeed_as_may_run(protocol: Protocol) -> None:
     queued = [protocol.queue() for _ in range(10)]
 

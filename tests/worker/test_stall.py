@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
 from services.settings import Settings
-from services.storage import ObjectStorage
+from services.storage import ObjectStorage, StoredObject
 from tests.chaos.hosts import relay_host
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, Process, eventually
 from tests.worker.processes import control_loop
@@ -21,13 +22,19 @@ STALL_SECONDS = 3.0
 
 
 class HangingStorage(ObjectStorage):
-    """A store whose client waits for ever once artifacts or states are written."""
+    """A store whose client waits for ever once artifacts or states are written; or, if so told, the first time."""
+
+    only_once = False
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self.asked = False
         self.let_go = threading.Event()
 
-    def put_file(self, *_: object, **__: object) -> None:  # type: ignore[override]  # it returns nothing, and late
+    def put_file(self, *given: Any, **more: Any) -> StoredObject:
+        if self.only_once and self.asked:
+            return super().put_file(*given, **more)
+        self.asked = True
         self.let_go.wait()
         raise ConnectionError
 
@@ -67,6 +74,29 @@ def test_a_call_that_never_returns_holds_no_lease(
     hanging.let_go.set()
     assert zombie.result(PATIENCE_SECONDS) == "lost"
     assert [kind for kind, _ in jobs.events(job_id)].count("succeeded") == 1
+
+
+@pytest.mark.parametrize("lease_ttl_seconds", [4.0])
+def test_a_neighbour_that_moves_hides_no_call_that_never_returns(
+    hanging: HangingStorage,
+    impatient: Settings,
+    make_supervisor: Callable[..., Supervisor],
+    in_background: Callable[..., Future[str]],
+    jobs: Jobs,
+) -> None:
+    stalled = threading.Event()
+    hanging.only_once = True
+    supervisor = make_supervisor(storage=hanging, settings=impatient, on_stall=stalled.set)
+    stuck = in_background(supervisor, jobs.queue(steps=2, state_every=100))
+    eventually(lambda: hanging.asked)
+
+    neighbour = in_background(supervisor, jobs.queue(steps=10_000, step_seconds=0.05, state_every=5))
+    eventually(stalled.is_set)
+
+    supervisor.start_draining()
+    hanging.let_go.set()
+    assert neighbour.result(PATIENCE_SECONDS) == "queued"
+    stuck.result(PATIENCE_SECONDS)
 
 
 def test_a_job_that_takes_its_time_is_no_stall(

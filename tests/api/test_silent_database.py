@@ -1,0 +1,78 @@
+"""A database that is talked to and does not answer any more: whoever waits for it is told, and it is found again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import make_url
+
+from api.app import create_app
+from api.dependencies import Lookups
+from services.database import CONNECT_SECONDS, Database
+from services.settings import Settings
+from services.tenancy import NewKey
+from tests.relays import Connection, Relay, RelayThread
+
+ANSWER_SECONDS = 1.0
+SLACK_SECONDS = 10.0  # of a loaded machine
+
+
+class LosingRelay(Relay):
+    """A proxy that takes what it is sent, after it lost the server behind it."""
+
+    _lost: frozenset[Connection] = frozenset()
+    silent = False
+
+    def lose(self) -> None:
+        """The server behind every connection that there is; new ones find another."""
+        self._lost = frozenset(self._connections)
+
+    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
+        return b"" if self.silent or connection in self._lost else data
+
+
+@pytest.fixture
+def relay(settings: Settings) -> Iterator[LosingRelay]:
+    """What stands between the gateway and the database."""
+    with RelayThread() as thread:
+        relay = LosingRelay(thread, make_url(settings.database_url.get_secret_value()).port or 0)
+        yield relay
+        relay.close()
+
+
+@pytest.fixture
+def client(settings: Settings, relay: LosingRelay, serve: Callable[..., httpx.Client], api_key: NewKey) -> httpx.Client:
+    """A caller of a gateway that waits a second for an answer."""
+    app: FastAPI = create_app(settings)
+    url = make_url(settings.database_url.get_secret_value()).set(host="127.0.0.1", port=relay.port)
+    app.state.database = Database(url.render_as_string(hide_password=False), answer_seconds=ANSWER_SECONDS)
+    app.state.lookups = Lookups(app.state.database)
+    client = serve(app, api_key)
+    assert client.get("/checkpoints").status_code == 200  # by connections that are kept
+    return client
+
+
+def test_connections_that_lost_their_server_are_replaced(client: httpx.Client, relay: LosingRelay) -> None:
+    relay.lose()
+
+    answer = client.get("/checkpoints", timeout=2 * ANSWER_SECONDS + SLACK_SECONDS)
+
+    assert answer.status_code == 200
+
+
+def test_who_waits_for_a_database_that_never_answers_is_told(client: httpx.Client, relay: LosingRelay) -> None:
+    relay.silent = True
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: client.get("/checkpoints", timeout=60), range(3)))
+    took = time.monotonic() - began
+    relay.silent = False
+
+    assert {(answer.status_code, answer.json()["server"]) for answer in answers} == {(503, "database")}
+    assert took < ANSWER_SECONDS + 3 * CONNECT_SECONDS + SLACK_SECONDS
+    assert client.get("/checkpoints").status_code == 200
