@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from api.schemas import Declared, Name, Output
+from api.schemas import Name, Output
 from services.classifiers import Facts
 from services.request_names import ClassName
 
-__all__ = ["ClassifierQuery", "UploadBody", "UploadQuery", "UploadWhole"]
+__all__ = ["ClassifierQuery", "Family", "UploadBody", "UploadQuery", "UploadWhole"]
 
+Family = Literal[
+    "glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae", "ddpm", "stable-diffusion", "stable-diffusion-xl"
+]  # fmt: skip
+Prediction = Literal["epsilon", "v_prediction"]
 THRESHOLDS = {"logits": 0.5, "probabilities": 0.5, "score": 0.0}
 
 
-class UploadQuery(Declared):
-    """The query of ``POST /checkpoints``."""
+class UploadQuery(BaseModel):
+    """The query of ``POST /checkpoints``: what a checkpoint's owner says of it that its tensors' shapes do not tell."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: Name = "checkpoint"
+    image_size: Annotated[int, Field(ge=2, le=1024, description="side of the images in pixels")] | None = None
+    n_bits: Annotated[int, Field(ge=1, le=8, description="bits per channel the model was trained on")] | None = None
+    family: Family | None = None
+    noise_std: (
+        Annotated[
+            float,
+            Field(
+                ge=0,
+                le=1,
+                description="of a TarFlow's noise on images in [-1, 1], as in the names of published files",
+            ),
+        ]
+        | None
+    ) = None
+    prediction_type: (
+        Annotated[
+            Prediction,
+            Field(description="what a diffusion model predicts, where its file does not say: noise, or velocity"),
+        ]
+        | None
+    ) = None
 
     def declared(self) -> dict[str, Any]:
         """What is said about the model."""
-        return self.model_dump(exclude_none=True, include=set(Declared.model_fields))
+        return self.model_dump(exclude_none=True, exclude={"name", "bytes"})
 
 
 class UploadBody(UploadQuery):

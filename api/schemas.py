@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from services import results
 from services.lookups import JobView
@@ -19,7 +19,6 @@ __all__ = [
     "CheckpointResource",
     "ClassifierPage",
     "ClassifierResource",
-    "Declared",
     "DownloadLink",
     "EventPage",
     "EventResource",
@@ -31,10 +30,6 @@ __all__ = [
     "UploadResource",
 ]
 
-Family = Literal[
-    "glow", "realnvp", "maf", "iaf", "tarflow", "class-prior", "vae", "ddpm", "stable-diffusion", "stable-diffusion-xl"
-]  # fmt: skip
-Prediction = Literal["epsilon", "v_prediction"]
 Output = Literal["logits", "probabilities", "score"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
@@ -42,34 +37,6 @@ Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "canc
 Name = Annotated[
     str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="yours, for lists")
 ]
-
-
-class Declared(BaseModel):
-    """What a checkpoint's owner says about it; what its tensors' shapes tell need not be said."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image_size: Annotated[int, Field(ge=2, le=1024, description="side of the images in pixels")] | None = None
-    n_bits: Annotated[int, Field(ge=1, le=8, description="bits per channel the model was trained on")] | None = None
-    family: Family | None = None
-    noise_std: (
-        Annotated[
-            float,
-            Field(
-                ge=0,
-                le=1,
-                description="of a TarFlow's noise on images in [-1, 1], as in the names of published files",
-            ),
-        ]
-        | None
-    ) = None
-    prediction_type: (
-        Annotated[
-            Prediction,
-            Field(description="what a diffusion model predicts, where its file does not say: noise, or velocity"),
-        ]
-        | None
-    ) = None
 
 
 class FileFacts(BaseModel):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
-from api.schemas import Family
+from api.queries import Family
 from models.families import CONDITIONALS, FAMILIES
 from models.images import FITS
 from models.vae import ConditionalVAE
