@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 SEEN_SECONDS = 3.0  # well within dispatch.WORKER_SILENT_SECONDS
 SEEN_AGAIN_SECONDS = 0.5  # after a fault
+LEAVE_SECONDS = 5.0  # that the end of the process waits for its last word
 LOOK_SECONDS = 0.1  # a free slot looks for its next doorbell
 STALLED_STATUS = 70  # whoever keeps workers running starts another
 EXIT_SECONDS = 10.0  # past the drain's grace, whatever still hangs is left behind
@@ -49,7 +50,7 @@ class Presence(threading.Thread):
     def __init__(self, database: Database, worker: str, queues: list[str], slots: int) -> None:
         super().__init__(name="presence", daemon=True)
         self._database, self._worker, self._queues, self._slots = database, worker, queues, slots
-        self._leaving = threading.Event()
+        self._leaving, self._left = threading.Event(), threading.Event()
 
     def run(self) -> None:
         """Until the worker leaves."""
@@ -69,8 +70,12 @@ class Presence(threading.Thread):
             self._leaving.wait(SEEN_AGAIN_SECONDS if away else SEEN_SECONDS)
 
     def leave(self) -> None:
-        """Get no further doorbells. A database that is away will notice the silence instead."""
+        """Get no further doorbells. A database that is away will notice the silence instead.
+
+        Who asks second waits for the first: a drain says it in a thread that the end of the process would cut off.
+        """
         if self._leaving.is_set():
+            self._left.wait(LEAVE_SECONDS)
             return
         self._leaving.set()
         self.join(SEEN_SECONDS)
@@ -79,6 +84,7 @@ class Presence(threading.Thread):
                 dispatch.retire_worker(session, self._worker)
         except Exception as error:
             logger.warning("leaving without a word to the database (%s)", type(error).__name__)
+        self._left.set()
 
 
 def serve(
