@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +84,10 @@ def test_a_runner_says_whose_fault_it_was(
 ) -> None:
     said: list[str] = []
     reporter = SimpleNamespace(phase=lambda *_: None, error=lambda reason, _: said.append(reason))
+    # What it does to its process is not for this one.
+    monkeypatch.setattr(os, "umask", lambda _: 0)
+    monkeypatch.setattr(program, "_loading", nullcontext)
+    monkeypatch.setattr(program, "Stop", lambda: SimpleNamespace(requested=False, at_once=nullcontext))
     monkeypatch.setattr(program, "Reporter", lambda: reporter)
     monkeypatch.setattr(program, "wait_for_job", lambda _: JOB)
     monkeypatch.setattr(program, "DeadMansSwitch", lambda _: SimpleNamespace(start=lambda: None))
