@@ -41,7 +41,7 @@ class WholeAnswer(HTTPResponse):
         """
         stream = self.fp
         lines = _Lines(stream)
-        self.fp = lines  # type: ignore[assignment]
+        self.fp = lines  # type: ignore[assignment]  # a head asks it for lines alone
         super().begin()
         self.fp = stream
         if not lines.last:
@@ -77,11 +77,11 @@ class _Lines:
 
 
 class _Connection(AWSHTTPConnection):
-    response_class = WholeAnswer  # type: ignore[assignment]
+    response_class = WholeAnswer  # type: ignore[assignment]  # botocore's own is for Expect alone
 
 
 class _SecureConnection(AWSHTTPSConnection):
-    response_class = WholeAnswer  # type: ignore[assignment]
+    response_class = WholeAnswer  # type: ignore[assignment]  # botocore's own is for Expect alone
 
 
 class _Pool(AWSHTTPConnectionPool):

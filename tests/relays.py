@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-__all__ = ["AskingRelay", "DatabaseRelay", "Relay", "RelayThread", "StoreRelay", "Weather"]
+__all__ = ["AskingRelay", "Connection", "DatabaseRelay", "Relay", "RelayThread", "StoreRelay", "Weather", "relaying"]
 
 CHUNK = 65536
 Weather = Literal["fair", "refusing", "slow", "crawling", "truncating", "gone"]
@@ -82,6 +83,12 @@ class Relay:
         thread.call(self._whole.set)
         self._server: asyncio.Server = thread.run(asyncio.start_server(self._serve, listen, 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def instead_of(self, url: str) -> str:
+        """The server's address, with the relay for the server."""
+        parts = urlsplit(url)
+        user, at, _ = parts.netloc.rpartition("@")
+        return parts._replace(netloc=f"{user}{at}127.0.0.1:{self.port}").geturl()
 
     def cut(self) -> None:
         """Pull the cable: nothing passes, nothing is refused, nobody is told."""
@@ -250,3 +257,17 @@ class AskingRelay(Relay):
             return data
         connection.near.write(answer)
         return None
+
+
+AnyRelay = TypeVar("AnyRelay", bound=Relay)
+
+
+@contextmanager
+def relaying(kind: type[AnyRelay], url: str, **more: Any) -> Iterator[AnyRelay]:
+    """A relay of this kind before the server at that address, in a thread of its own; all of it ends with the block."""
+    with RelayThread() as thread:
+        relay = kind(thread, urlsplit(url).port or 0, **more)
+        try:
+            yield relay
+        finally:
+            relay.close()

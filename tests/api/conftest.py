@@ -31,6 +31,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage, StoredObject
 from services.tenancy import Caller, NewKey
 from tests.api.answers import HALVES
+from tests.relays import AskingRelay, relaying
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS_WITHIN_SECONDS = 20.0
@@ -385,3 +386,17 @@ def publish(
         return {name: data for name, (data, _) in files.items()}
 
     return run
+
+
+@pytest.fixture
+def relay(settings: Settings) -> Iterator[AskingRelay]:
+    """What stands between a gateway and the store."""
+    with relaying(AskingRelay, str(settings.s3_endpoint_url)) as relay:
+        yield relay
+
+
+@pytest.fixture
+def behind(settings: Settings, relay: AskingRelay) -> Settings:
+    """The settings of that gateway; callers reach the store itself."""
+    url = str(settings.s3_endpoint_url)
+    return settings.model_copy(update={"s3_endpoint_url": relay.instead_of(url), "s3_public_endpoint_url": url})

@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import make_url
 
 from api.app import create_app
 from api.dependencies import Lookups
 from services.database import CONNECT_SECONDS, Database
 from services.settings import Settings
 from services.tenancy import NewKey
-from tests.relays import Connection, Relay, RelayThread
+from tests.relays import Connection, Relay, relaying
 
 ANSWER_SECONDS = 1.0
 SLACK_SECONDS = 10.0  # of a loaded machine
@@ -39,18 +38,16 @@ class LosingRelay(Relay):
 @pytest.fixture
 def relay(settings: Settings) -> Iterator[LosingRelay]:
     """What stands between the gateway and the database."""
-    with RelayThread() as thread:
-        relay = LosingRelay(thread, make_url(settings.database_url.get_secret_value()).port or 0)
+    with relaying(LosingRelay, settings.database_url.get_secret_value()) as relay:
         yield relay
-        relay.close()
 
 
 @pytest.fixture
 def client(settings: Settings, relay: LosingRelay, serve: Callable[..., httpx.Client], api_key: NewKey) -> httpx.Client:
     """A caller of a gateway that waits a second for an answer."""
     app: FastAPI = create_app(settings)
-    url = make_url(settings.database_url.get_secret_value()).set(host="127.0.0.1", port=relay.port)
-    app.state.database = Database(url.render_as_string(hide_password=False), answer_seconds=ANSWER_SECONDS)
+    url = relay.instead_of(settings.database_url.get_secret_value())
+    app.state.database = Database(url, answer_seconds=ANSWER_SECONDS)
     app.state.lookups = Lookups(app.state.database)
     client = serve(app, api_key)
     assert client.get("/checkpoints").status_code == 200  # by connections that are kept

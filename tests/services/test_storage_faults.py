@@ -20,7 +20,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage, file_sha256
 from services.streamed_upload import PART_BYTES
 from services.whole_answers import WholeAnswer
-from tests.relays import METHODS, Connection, Relay, RelayThread
+from tests.relays import METHODS, Connection, Relay, RelayThread, relaying
 from worker.patience import store_away
 
 WHOLE = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "e"\r\n\r\nwhole'
@@ -252,10 +252,8 @@ class BreakingRelay(Relay):
 @pytest.fixture
 def relay(settings: Settings) -> Iterator[BreakingRelay]:
     """What stands before the real store."""
-    with RelayThread() as thread:
-        relay = BreakingRelay(thread, int(str(settings.s3_endpoint_url).rpartition(":")[2]))
+    with relaying(BreakingRelay, str(settings.s3_endpoint_url)) as relay:
         yield relay
-        relay.close()
 
 
 @pytest.fixture

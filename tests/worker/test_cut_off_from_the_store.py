@@ -10,7 +10,7 @@ import pytest
 
 from services.settings import Settings
 from services.storage import ObjectStorage
-from tests.relays import AskingRelay, RelayThread
+from tests.relays import AskingRelay, relaying
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs
 from worker import supervisor as module
 from worker.supervisor import Supervisor
@@ -34,12 +34,11 @@ def host(
     settings: Settings, make_supervisor: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Host]:
     monkeypatch.setattr(module, "PING_SECONDS", 0.05)
-    with RelayThread() as thread:
-        relay = AskingRelay(thread, int(str(settings.s3_endpoint_url).rpartition(":")[2]))
-        changed = {"s3_endpoint_url": f"http://127.0.0.1:{relay.port}", "store_patience_seconds": 0.5}
+    url = str(settings.s3_endpoint_url)
+    with relaying(AskingRelay, url) as relay:
+        changed = {"s3_endpoint_url": relay.instead_of(url), "store_patience_seconds": 0.5}
         behind = settings.model_copy(update=changed)
         yield Host(make_supervisor(settings=behind, storage=ObjectStorage(behind)), relay)
-        relay.close()
 
 
 def test_a_worker_that_the_store_refuses_leaves_its_jobs_to_others(

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import make_url
 
 from services.database import Database
 from services.settings import Settings
 from tests.conftest import Servers
-from tests.relays import DatabaseRelay, RelayThread
+from tests.relays import DatabaseRelay, relaying
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, alive, eventually, short_lease
 from worker.supervisor import Supervisor
 
@@ -20,17 +19,14 @@ from worker.supervisor import Supervisor
 @pytest.fixture
 def relay(settings: Settings) -> Iterator[DatabaseRelay]:
     """A way to the database that loses replies."""
-    with RelayThread() as thread:
-        relay = DatabaseRelay(thread, make_url(settings.database_url.get_secret_value()).port or 0)
+    with relaying(DatabaseRelay, settings.database_url.get_secret_value()) as relay:
         yield relay
-        relay.close()
 
 
 @pytest.fixture
 def behind(settings: Settings, relay: DatabaseRelay) -> Iterator[Database]:
     """The database behind that way."""
-    url = make_url(settings.database_url.get_secret_value()).set(host="127.0.0.1", port=relay.port)
-    database = Database(url.render_as_string(hide_password=False))
+    database = Database(relay.instead_of(settings.database_url.get_secret_value()))
     yield database
     database.close()
 

@@ -15,7 +15,7 @@ from services.jobs import cancel
 from services.settings import Settings
 from services.storage import PARALLEL_FROM_BYTES, PART_BYTES, ObjectStorage, Stopped
 from services.tables import Checkpoint
-from tests.relays import RelayThread, StoreRelay
+from tests.relays import StoreRelay, relaying
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, eventually
 from worker.supervisor import Supervisor
 
@@ -25,12 +25,11 @@ BIG = PARALLEL_FROM_BYTES + PART_BYTES  # fetched in parts; through the slow rel
 @pytest.fixture
 def slow(settings: Settings) -> Iterator[ObjectStorage]:
     """A way to the store that crawls."""
-    with RelayThread() as thread:
-        relay = StoreRelay(thread, int((settings.s3_endpoint_url or "").rpartition(":")[2]), seed=0)
+    url = str(settings.s3_endpoint_url)
+    with relaying(StoreRelay, url, seed=0) as relay:
         relay.turn("crawling")
-        yield ObjectStorage(settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{relay.port}"}))
+        yield ObjectStorage(settings.model_copy(update={"s3_endpoint_url": relay.instead_of(url)}))
         relay.turn("fair")
-        relay.close()
 
 
 @pytest.fixture
