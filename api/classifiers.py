@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import anyio.to_thread
-from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -22,6 +21,7 @@ from api.dependencies import (
     Limit,
     Transaction,
 )
+from api.limits import LoopLimiter
 from api.problems import documented
 from api.queries import ClassifierQuery
 from api.schemas import ClassifierPage, ClassifierResource
@@ -96,7 +96,7 @@ async def upload(
     async with stored_body(
         request, storage, key, limit=limit, sha256=sha256, inspect=inspect, recorded=recorded
     ) as source:
-        takes = await anyio.to_thread.run_sync(_try, storage, source, query, limiter=_door())
+        takes = await anyio.to_thread.run_sync(_try, storage, source, query, limiter=_door.here())
         answer, replayed = await run_in_threadpool(
             _register, database, caller, classifier_id, query, takes, source, idempotency_key
         )
@@ -105,17 +105,8 @@ async def upload(
     return answers.send(answer, replayed=replayed)
 
 
-_doors: RunVar[anyio.CapacityLimiter] = RunVar("classifier doors")
-
-
-def _door() -> anyio.CapacityLimiter:
-    """Uploads that wait for a trial wait here, in order, and not in the threads that all other requests need."""
-    try:
-        return _doors.get()
-    except LookupError:
-        door = anyio.CapacityLimiter(TRIALS)
-        _doors.set(door)
-        return door
+# Uploads that wait for a trial wait here, in order, and not in the threads that all other requests need.
+_door = LoopLimiter("classifier doors", TRIALS)
 
 
 def _try(storage: ObjectStorage, source: StoredObject, query: ClassifierQuery) -> dict[str, int | None]:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import anyio.to_thread
-from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -22,6 +21,7 @@ from api.dependencies import (
     ImageSetId,
     Transaction,
 )
+from api.limits import LoopLimiter
 from api.problems import documented
 from api.schemas import ImageSetResource
 from api.uploads import clean_up, form_files
@@ -83,24 +83,15 @@ async def upload(
     )
     async with _intake(database, storage, settings, caller) as (image_set_id, intake):
         async for file in files:
-            await anyio.to_thread.run_sync(intake.add, file, limiter=_door())
+            await anyio.to_thread.run_sync(intake.add, file, limiter=_door.here())
         answer, replayed = await run_in_threadpool(
             _complete, database, storage, caller, image_set_id, intake, idempotency_key
         )
     return answers.send(answer, replayed=replayed)
 
 
-_doors: RunVar[anyio.CapacityLimiter] = RunVar("image doors")
-
-
-def _door() -> anyio.CapacityLimiter:
-    """Uploads that wait for a decoder wait here, in order, and not in the threads that all other requests need."""
-    try:
-        return _doors.get()
-    except LookupError:
-        door = anyio.CapacityLimiter(2 * DECODERS)  # so that one can store while another decodes
-        _doors.set(door)
-        return door
+# Uploads that wait for a decoder wait here, in order, and not in the threads that all other requests need.
+_door = LoopLimiter("image doors", 2 * DECODERS)  # so that one can store while another decodes
 
 
 @contextlib.asynccontextmanager

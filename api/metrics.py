@@ -6,12 +6,12 @@ import hmac
 from typing import Annotated
 
 import anyio.to_thread
-from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Header, Response
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from api.dependencies import AppDatabase, AppSettings
+from api.limits import LoopLimiter
 from api.problems import documented
 from services import metrics, metrics_gauges, metrics_table
 from services.database import Database
@@ -23,7 +23,7 @@ router = APIRouter(tags=["service"])
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 PATIENCE_SECONDS = 2.5
 AT_ONCE = 2  # threads that may hang on a database that does not answer
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("scrapes")
+_scrapes = LoopLimiter("scrapes", AT_ONCE)
 
 
 @router.get("/metrics", response_class=Response, responses={**documented(), 200: {"content": {"text/plain": {}}}})
@@ -38,7 +38,7 @@ async def scrape(
         _admit(settings.metrics_token.get_secret_value(), authorization)
     text = None
     with anyio.move_on_after(PATIENCE_SECONDS):
-        text = await anyio.to_thread.run_sync(_figures, database, abandon_on_cancel=True, limiter=_scrapes())
+        text = await anyio.to_thread.run_sync(_figures, database, abandon_on_cancel=True, limiter=_scrapes.here())
     return Response(text or metrics_gauges.database_up(False), media_type=TEXT)
 
 
@@ -57,13 +57,3 @@ def _figures(database: Database) -> str | None:
             return standing + metrics_table.expose(metrics_table.totals(session), metrics.headers())
     except (DBAPIError, PoolTimeout):
         return None
-
-
-def _scrapes() -> anyio.CapacityLimiter:
-    """One of each event loop, which a limiter belongs to."""
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = anyio.CapacityLimiter(AT_ONCE)
-        _limiter.set(limiter)
-        return limiter
