@@ -84,6 +84,7 @@ def test_a_scrape_names_no_tenant_no_job_and_no_word_of_a_caller(
     client.request(CANARY, f"/{CANARY}")
     ended = ("forget", "", "cancelled")  # kind, reason, status
     eventually(lambda: ended in figures(client).get("forgetd_jobs_ended_total", {}))
+    settled(client)  # what is asserted to be absent had its chance to be told
 
     scrape = client.get("/metrics").text
 
