@@ -6,7 +6,7 @@ A run, as ``__main__`` has it:
 
 1. ``fleet`` starts servers, relays before them (``tests.relays``), gateways, control loops and workers; ``material``
    trains two small models and uploads them.
-2. ``callers`` post jobs at an even pace and write down what they were promised.
+2. ``callers`` post jobs and checkpoints at an even pace, follow some, and write down what they were told.
 3. ``monkey`` meanwhile lets the faults of a plan loose, drawn from the catalogue of ``faults``, and mends them all.
 4. ``audit``, once every job has ended or none ends any more, holds rows, events, store, scratch folders and processes
    against what was promised.

@@ -16,7 +16,7 @@ import psutil
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from services import object_keys
+from services import image_sets, object_keys
 from services.database import Database
 from services.storage import ObjectStorage
 from services.tables import AuditEvent, Checkpoint, ImageSet, Job, JobEvent
@@ -27,8 +27,9 @@ from worker import janitor
 __all__ = ["Findings", "audit", "endings", "leftovers_of_processes", "unsettled"]
 
 TERMINAL = ("succeeded", "failed", "cancelled")
+MANY = 1_000_000
 ENDS = tuple(f"job.{status}" for status in TERMINAL)
-LATE_SECONDS = 30.0  # what a stale attempt wrote while its job was swept may lie there until the second sweep
+WHOLE_SECONDS = timedelta(seconds=2)  # the store tells times without fractions
 
 
 @dataclass
@@ -47,11 +48,14 @@ class Findings:
         return any(vars(self).values())
 
 
-def unsettled(database: Database) -> int:
-    """How many jobs have not ended, or have no janitor behind them yet."""
+def unsettled(database: Database) -> list[str]:
+    """Jobs that have not ended, or have no janitor behind them yet, and photos that it has not erased yet."""
     with database.transaction() as session:
-        waiting = select(func.count()).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None))
-        return session.scalar(waiting) or 0
+        waiting = select(Job.id, Job.status).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None))
+        jobs = [
+            f"{job_id} ({status}) waits for its end or for the janitor" for job_id, status in session.execute(waiting)
+        ]
+        return jobs + [f"the images {name} wait for the janitor" for name in image_sets.due(session, limit=MANY)]
 
 
 def endings(database: Database) -> dict[str, int]:
@@ -77,6 +81,7 @@ def audit(database: Database, storage: ObjectStorage, promised: Promised, trace:
     with database.transaction() as session:
         jobs = list(session.scalars(select(Job)))
         _promises(findings, promised, {job.id: job for job in jobs}, budget)
+        _checkpoints(findings, session, promised, jobs, budget)
         _ends(findings, session, jobs)
         _leases(findings, jobs)
         _attempts(findings, session, jobs)
@@ -101,26 +106,42 @@ def _promises(findings: Findings, promised: Promised, jobs: dict[str, Job], budg
         job = jobs.get(job_id)
         if job is None or job.status not in TERMINAL:
             continue
-        ended, wanted = _how(job), _expected(promised, job_id, seed)
-        if job.infrastructure_losses >= budget > 0:
-            wanted.add("failed: attempts_exhausted")
+        ended, wanted = _how(job), _expected(promised, job, seed, budget)
         if ended not in wanted:
             findings.broken.append(f"{job_id} ended as {ended}; expected {' or '.join(sorted(wanted))}")
+        if promised.told.get(job_id, job.status) != job.status:
+            findings.broken.append(f"{job_id} is {job.status}; a caller was told {promised.told[job_id]}")
+
+
+def _checkpoints(findings: Findings, session: Session, promised: Promised, jobs: Iterable[Job], budget: int) -> None:
+    """A pushed file that is in order becomes ready, unless its validation was lost too often."""
+    lost = {job.checkpoint_id: job.infrastructure_losses for job in jobs if job.kind == "import"}
+    rows = select(Checkpoint.id, Checkpoint.status).where(Checkpoint.id.in_(promised.checkpoints))
+    found = {row.id: row.status for row in session.execute(rows)}
+    findings.lost += [f"{name} was accepted and has no row" for name in promised.checkpoints - found.keys()]
+    findings.broken += [
+        f"the checkpoint {name} is {status}, after {lost.get(name)} losses"
+        for name, status in found.items()
+        if status != "ready" and not (status == "rejected" and lost.get(name, 0) >= budget > 0)
+    ]
 
 
 def _how(job: Job) -> str:
     return f"failed: {job.reason}" if job.status == "failed" else job.status
 
 
-def _expected(promised: Promised, job_id: str, seed: int) -> set[str]:
+def _expected(promised: Promised, job: Job, seed: int, budget: int) -> set[str]:
     """How a job may end after all that."""
-    if job_id in promised.cancelled:
-        return {"cancelled"} | ({"failed: deadline_exceeded"} if job_id in promised.hurried else set())
-    late = {"failed: deadline_exceeded"} if job_id in promised.hurried else set()
-    if is_real(seed):
-        return late | {"succeeded"}
-    ending = profile(seed).ending
-    return late | {ending if ending == "succeeded" else f"failed: {ending}"}
+    if job.id in promised.cancelled:
+        return {"cancelled"}
+    ending = "succeeded" if is_real(seed) else profile(seed).ending
+    wanted = {ending if ending == "succeeded" else f"failed: {ending}"}
+    late = job.deadline_at is not None and job.finished_at is not None and job.finished_at >= job.deadline_at
+    if job.id in promised.hurried and late:
+        wanted.add("failed: deadline_exceeded")
+    if job.infrastructure_losses >= budget > 0:
+        wanted.add("failed: attempts_exhausted")
+    return wanted
 
 
 def _ends(findings: Findings, session: Session, jobs: Iterable[Job]) -> None:
@@ -201,7 +222,10 @@ def _referenced(session: Session, jobs: Iterable[Job]) -> tuple[set[str], set[st
 
 
 def _left_behind(findings: Findings, database: Database, storage: ObjectStorage) -> None:
-    """States and unpublished attempts of swept jobs, but for what a stale attempt wrote after the sweep."""
+    """States and unpublished attempts of swept jobs, but for what a stale attempt wrote after the end of its job.
+
+    The sweep begins after that end, so that what is older was there for it to see.
+    """
     with database.transaction() as session:
         swept = select(Job).where(Job.swept_at.is_not(None), Job.kind != "import")
         jobs = {object_keys.job_prefix(job.tenant_id, job.id): job for job in session.scalars(swept)}
@@ -209,9 +233,9 @@ def _left_behind(findings: Findings, database: Database, storage: ObjectStorage)
         job = jobs.get("/".join(key.split("/")[:4]) + "/")
         if job is None or (job.published_prefix is not None and key.startswith(job.published_prefix)):
             continue
-        assert job.swept_at is not None
+        assert job.finished_at is not None
         may_be_late = job.infrastructure_losses > 0 or job.status != "succeeded"
-        if not may_be_late or written < job.swept_at - timedelta(seconds=LATE_SECONDS):
+        if not may_be_late or written < job.finished_at - WHOLE_SECONDS:
             findings.orphans.append(f"the sweep of {job.id} ({_how(job)}) left {key}")
 
 

@@ -28,6 +28,7 @@ from worker.celery_app import RUN_TASK, make_app
 __all__ = ["CATALOGUE", "Broken", "Fault", "plan"]
 
 PREY_SECONDS = 6.0  # how long a fault waits for a runner to break
+DRAIN_SECONDS = 60.0  # what a drain may take (docs/guarantees.md)
 DATABASE_TRIES = 5
 
 
@@ -39,7 +40,6 @@ class Broken:
     drains: list[float] = field(default_factory=list)  # seconds from SIGTERM to the end
     drains_cut: int = 0  # that had to be killed
     broker_outages: list[tuple[float, float]] = field(default_factory=list)  # wall times: gone, back
-    missed: int = 0  # faults that found nothing to break
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Fault:
     seed: int
 
 
-Act = Callable[[Fleet, random.Random, Broken], None]
+Act = Callable[[Fleet, random.Random, Broken], bool]
+"""Breaks one thing and lets it be mended; False where it found nothing to break."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ class Kind:
 
 
 def kill_one(group: Callable[[Fleet], list[Kept]]) -> Act:
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
         victim = draw.choice(group(fleet))
         held = _held_by(fleet, victim) if group is workers else []
         at = time.time()
         if not victim.send(signal.SIGKILL):
-            broken.missed += 1
-        elif held:
+            return False
+        if held:
             broken.worker_kills.append((at, held))
+        return True
 
     return act
 
@@ -100,30 +102,31 @@ def workers(fleet: Fleet) -> list[Kept]:
 def freeze_one(group: Callable[[Fleet], list[Kept]], leases: float) -> Act:
     """SIGSTOP for so many leases, then SIGCONT: it wakes up believing that nothing happened."""
 
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
         victim = draw.choice(group(fleet))
         pid = victim.pid
         if not victim.send(signal.SIGSTOP):
-            broken.missed += 1
-            return
+            return False
         time.sleep(leases * fleet.shape.lease_ttl_seconds)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+        return True
 
     return act
 
 
 def drain_one(group: Callable[[Fleet], list[Kept]]) -> Act:
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
         victim = draw.choice(group(fleet))
         pid, before = victim.pid, time.monotonic()
         if not victim.send(signal.SIGTERM):
-            broken.missed += 1
-        elif victim.wait_end(pid, 60):
+            return False
+        if victim.wait_end(pid, DRAIN_SECONDS):
             broken.drains.append(time.monotonic() - before)
         else:
             broken.drains_cut += 1
             victim.send(signal.SIGKILL)
+        return True
 
     return act
 
@@ -138,74 +141,86 @@ def _prey(fleet: Fleet, draw: random.Random) -> int | None:
     return None
 
 
-def kill_runner(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def kill_runner(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     pid = _prey(fleet, draw)
     if pid is None:
-        broken.missed += 1
-        return
+        return False
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+        return True
+    return False  # it was quicker
 
 
-def freeze_runner(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def freeze_runner(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     pid = _prey(fleet, draw)
     if pid is None:
-        broken.missed += 1
-        return
-    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        return False
+    try:
         process = psutil.Process(pid)
         process.suspend()
-        time.sleep(1.4 * fleet.shape.lease_ttl_seconds)
+    except psutil.NoSuchProcess:
+        return False
+    time.sleep(1.4 * fleet.shape.lease_ttl_seconds)
+    with suppress(psutil.NoSuchProcess):
         process.resume()
+    return True
 
 
 # Servers.
 
 
-def kill_broker(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def kill_broker(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     gone = time.time()
     fleet.stack.kill_server("valkey")
     time.sleep(draw.uniform(0.5, 6))
     fleet.stack.start_server("valkey")
     broken.broker_outages.append((gone, time.time()))
+    return True
 
 
-def flush_broker(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def flush_broker(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     with suppress(RedisError), broker_of(fleet.settings) as broker:
         for _ in range(draw.randint(1, 5)):
             broker.flushall()
             time.sleep(0.1)
+        return True
+    return False
 
 
-def ring_twice(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def ring_twice(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """Duplicate and belated doorbells: of jobs that wait, that run, and that ended."""
-    with database_of(fleet.settings) as database, database.transaction() as session:
-        ids = list(session.scalars(select(Job.id).order_by(Job.id.desc()).limit(40)))
     app = make_app(fleet.settings)
-    with suppress(BrokerAway, RedisError, OSError):
+    with suppress(SQLAlchemyError, BrokerAway, RedisError, OSError):  # a server is away
+        with database_of(fleet.settings) as database, database.transaction() as session:
+            ids = list(session.scalars(select(Job.id).order_by(Job.id.desc()).limit(40)))
         for job_id in draw.choices(ids, k=20) if ids else []:
             app.send_task(RUN_TASK, args=[job_id], queue="gpu.flow", retry=False, ignore_result=True)
+        return bool(ids)
+    return False
 
 
 def end_database(number: int) -> Act:
     """SIGINT is a fast shutdown of PostgreSQL, SIGQUIT an immediate one, SIGKILL a crash."""
 
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
-        _end_database(fleet, number)
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
+        ended = _end_database(fleet, number)
         time.sleep(draw.uniform(0, 3))
         _start_database(fleet)
+        return ended
 
     return act
 
 
-def _end_database(fleet: Fleet, number: int) -> None:
+def _end_database(fleet: Fleet, number: int) -> bool:
     pid = fleet.stack.pids.get("postgres")
     if pid is None:
-        return
+        return False
     with suppress(ProcessLookupError, psutil.Error):
         process = psutil.Process(pid)
         process.send_signal(number)
         process.wait(20)
+        return True
+    return False
 
 
 def _start_database(fleet: Fleet) -> None:
@@ -220,47 +235,49 @@ def _start_database(fleet: Fleet) -> None:
 
 
 def lose_commit(kind: str) -> Act:
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
         for number in range(draw.randint(1, 4)):
             sprung = threading.Event()
             fleet.database_relay.trap(kind, sprung.set)  # type: ignore[arg-type]  # one of two words
             if not sprung.wait(PREY_SECONDS):
-                broken.missed += number == 0
-                return
+                return number > 0
+        return True
 
     return act
 
 
-def kill_database_in_commit(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def kill_database_in_commit(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """SIGKILL while a COMMIT is on its way: it may count or not, and nobody is told."""
     sprung = threading.Event()
     fleet.database_relay.trap("reply lost", sprung.set)
-    if not sprung.wait(PREY_SECONDS):
-        broken.missed += 1
+    committing = sprung.wait(PREY_SECONDS)
     time.sleep(draw.choice((0, 0, 0.0005, 0.002)))
     _end_database(fleet, signal.SIGKILL)
     _start_database(fleet)
+    return committing
 
 
 def weather(kind: Weather, least: float, most: float) -> Act:
-    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+    def act(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
         fleet.store_relay.turn(kind)
         time.sleep(draw.uniform(least, most))
         fleet.store_relay.turn("fair")
+        return True
 
     return act
 
 
-def kill_store(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def kill_store(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     fleet.stack.kill_server("seaweedfs")
     time.sleep(draw.uniform(0, 3))
     fleet.stack.start_server("seaweedfs")
+    return True
 
 
 # Disks and clocks.
 
 
-def fill_disk(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def fill_disk(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """Fill the small disk of the last worker, through the eyes of that process."""
     folder = Path(f"/proc/{fleet.workers[-1].pid}/root{fleet.small_disk}")
     filler = folder / "filler"
@@ -271,21 +288,31 @@ def fill_disk(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
         time.sleep(draw.uniform(1, 5))
         filler.unlink()
     except OSError:  # the worker was gone, and its disk with it
-        broken.missed += 1
+        return False
+    return True
 
 
-def jump_clock(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def jump_clock(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """The wall clock of one process is wrong for a while. (Beyond 15 minutes S3 refuses signatures: an assumption.)"""
     name = draw.choice(fleet.kept()).name
     fleet.clocks.set(name, draw.choice((-1, 1)) * draw.randint(30, 600))
     time.sleep(draw.uniform(2, 8))
     fleet.clocks.set(name, 0)
+    return True
 
 
-def jump_leases(fleet: Fleet, draw: random.Random, broken: Broken) -> None:
+def jump_leases(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """The database's clock jumps by an hour, as leases see it: every one of them is over at once."""
-    with database_of(fleet.settings) as database, database.transaction() as session:
-        session.execute(text("UPDATE jobs SET lease_until = lease_until - interval '1 hour' WHERE lease_until > now()"))
+    over = text(
+        "UPDATE jobs SET lease_until = lease_until - interval '1 hour' WHERE lease_until > now() RETURNING jobs.id"
+    )
+    limit = time.monotonic() + PREY_SECONDS
+    while time.monotonic() < limit:
+        with suppress(SQLAlchemyError), database_of(fleet.settings) as database, database.transaction() as session:
+            if session.execute(over).all():
+                return True
+        time.sleep(0.1)
+    return False
 
 
 CATALOGUE: dict[str, Kind] = {

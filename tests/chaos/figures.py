@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tests.chaos.audit import traced
 from tests.chaos.callers import Promised
 from tests.chaos.faults import Broken
 
-__all__ = ["Figures", "figures", "percentile"]
+__all__ = ["Figures", "figures", "overlap", "percentile"]
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,13 @@ def figures(database: Database, trace: Path, promised: Promised, broken: Broken)
         start_after_broker_max_seconds=percentile(waits, 1.0),
         posts_while_broker_away=len(posts),
         accepted_at_the_first_try=sum(posts),
-        computed_twice_max_seconds=_overlap(trace),
+        computed_twice_max_seconds=overlap(trace),
         calls_repeated=promised.tried_again,
     )
 
 
-def _overlap(trace: Path) -> float:
-    """The longest time that two runners computed the same job."""
+def overlap(trace: Path) -> float:
+    """The longest time in seconds that two runners computed the same job."""
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for lines in traced(trace).values():
         if lines and not lines[0].get("real"):
@@ -101,6 +100,8 @@ def _overlap(trace: Path) -> float:
     longest = 0.0
     for own in spans.values():
         own.sort()
-        for (_, end), (begin, other) in pairwise(own):
-            longest = max(longest, min(end, other) - begin)
+        latest = own[0][1]
+        for begin, end in own[1:]:  # against the longest of those before it, which need not be its neighbour
+            longest = max(longest, min(latest, end) - begin)
+            latest = max(latest, end)
     return round(longest, 3)

@@ -41,7 +41,7 @@ def upload(fleet: Fleet, folder: Path) -> Material:
             if time.monotonic() > limit:
                 raise TimeoutError("the checkpoints are not validated")
             time.sleep(0.1)
-    return Material(with_classes=ids[0], real=ids[1], images=images)
+    return Material(with_classes=ids[0], real=ids[1], images=images, pushed=folder / "classes.safetensors")
 
 
 def _faces(images: torch.Tensor) -> Glow:

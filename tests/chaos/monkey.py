@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tests.chaos.faults import CATALOGUE, Broken, Fault
 from tests.chaos.fleet import Fleet
@@ -23,14 +23,16 @@ class Monkey:
     Args:
         fleet: what is to be broken.
         faults: the plan.
-        spares: further faults, one in the place of each that found nothing to break.
+        spares: further faults, one at once in the place of each that found nothing to break.
         seconds: in which the plan takes place.
     """
 
     def __init__(self, fleet: Fleet, faults: list[Fault], spares: list[Fault], seconds: float) -> None:
         self.broken = Broken()
-        self.done: Counter[str] = Counter()
-        self._fleet, self._faults, self._spares, self._seconds = fleet, faults, spares, seconds
+        self.done: Counter[str] = Counter()  # of each kind, that found something to break
+        self.missed = 0  # that did not
+        self._fleet, self._faults, self._spares, self._seconds = fleet, faults, deque(spares), seconds
+        self._counting = threading.Lock()
         self._sites = {kind.site: threading.Lock() for kind in CATALOGUE.values()}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fault")
         self._under_way: list[Future[None]] = []
@@ -39,7 +41,7 @@ class Monkey:
     @property
     def hits(self) -> int:
         """Faults that found something to break."""
-        return sum(self.done.values()) - self.broken.missed
+        return self.done.total()
 
     def start(self) -> None:
         """Begin."""
@@ -62,14 +64,14 @@ class Monkey:
         for number, fault in enumerate(self._faults):
             time.sleep(max(0.0, began + number * pause - time.monotonic()))
             self._under_way.append(self._pool.submit(self._break, fault))
-        for fault in self._spares:
-            wait(self._under_way)
-            if self.hits >= len(self._faults):
-                return
-            self._under_way.append(self._pool.submit(self._break, fault))
 
-    def _break(self, fault: Fault) -> None:
-        kind = CATALOGUE[fault.kind]
-        with self._sites[kind.site]:
-            kind.act(self._fleet, random.Random(fault.seed), self.broken)
-        self.done[fault.kind] += 1
+    def _break(self, fault: Fault | None) -> None:
+        """This one, or the first spare that finds something to break."""
+        while fault is not None:
+            kind = CATALOGUE[fault.kind]
+            with self._sites[kind.site]:
+                hit = kind.act(self._fleet, random.Random(fault.seed), self.broken)
+            with self._counting:
+                self.done[fault.kind] += hit
+                self.missed += not hit
+                fault = None if hit or not self._spares else self._spares.popleft()

@@ -12,6 +12,7 @@ from typing import Literal
 __all__ = ["REAL", "Profile", "is_real", "profile"]
 
 REAL = 100  # one seed in so many is run by the real runner
+SEVERAL_PARTS = 18 * 2**20  # as the store takes them: 8 MiB each
 Ending = Literal["succeeded", "criteria_not_met", "user_error"]
 
 
@@ -24,6 +25,7 @@ class Profile:
     state_every: int
     ending: Ending
     fits_at_divisor: int  # below this micro-batch divisor it runs out of memory half way
+    padding: int  # bytes of its weights beyond a few: some go out in parts
 
 
 def is_real(seed: int) -> bool:
@@ -41,4 +43,5 @@ def profile(seed: int, pace: float = 1.0) -> Profile:
         state_every=draw.randint(3, 10),
         ending=ending,
         fits_at_divisor=draw.choices((1, 2, 4), (90, 7, 3))[0],
+        padding=draw.choices((0, SEVERAL_PARTS), (95, 5))[0],
     )

@@ -56,8 +56,8 @@ def _play(part: Profile, job: dict[str, Any], folder: Path, reporter: Reporter, 
         return ExitCode.USER_ERROR
     nonce = secrets.token_hex(16)
     report = {"seed": job["seed"], "nonce": nonce}
-    for name in ("tamed.safetensors", "report.json"):
-        (folder / "outputs" / name).write_text(json.dumps(report))
+    (folder / "outputs" / "report.json").write_text(json.dumps(report))
+    (folder / "outputs" / "tamed.safetensors").write_bytes(json.dumps(report).encode() + bytes(part.padding))
     _write(notes, what="end", nonce=nonce)
     reporter.result(
         part.ending,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, text, update
+from sqlalchemy import func, insert, select, text, update
 
 from services import object_keys
 from services.database import Database
 from services.settings import Settings
 from services.storage import ObjectStorage
-from services.tables import Job, JobEvent
+from services.tables import Checkpoint, ImageSet, Job, JobEvent
 from services.tenancy import Caller
-from tests.chaos.audit import Findings, audit, unsettled
+from tests.chaos.audit import Findings, audit, leftovers_of_processes, unsettled
 from tests.chaos.callers import Promised
+from tests.chaos.figures import overlap
 from tests.worker.helpers import Jobs
 from worker.scratch import Scratch
 from worker.supervisor import Supervisor
@@ -73,7 +77,7 @@ def test_a_promise_that_was_kept_is_not_found_broken(scene: Scene) -> None:
     findings = scene.audit()
 
     assert vars(findings) == vars(Findings())
-    assert not unsettled(scene.jobs.database)
+    assert unsettled(scene.jobs.database) == []
 
 
 def _lose(scene: Scene) -> None:
@@ -112,6 +116,34 @@ def _leave_a_state(scene: Scene) -> None:
 def _leave_an_attempt(scene: Scene) -> None:
     scene.audit()
     scene.put(f"{scene.attempt(10**9)}tamed.safetensors")
+
+
+def _leave_what_a_lost_attempt_wrote(scene: Scene) -> None:
+    scene.put(f"{scene.attempt(10**9)}tamed.safetensors")
+    later = func.clock_timestamp() + timedelta(seconds=5)  # than that was written
+    scene.change(infrastructure_losses=1, finished_at=later, swept_at=later)
+
+
+def _overrule_what_was_told(scene: Scene) -> None:
+    scene.promised.told[scene.job_id] = "cancelled"
+
+
+def _lose_a_checkpoint(scene: Scene) -> None:
+    scene.promised.checkpoints.add("ckpt_" + "0" * 32)
+
+
+def _leave_a_checkpoint(scene: Scene) -> None:
+    with scene.jobs.database.transaction() as session:
+        checkpoint = session.scalar(select(Job.checkpoint_id).where(Job.id == scene.job_id))
+        session.execute(
+            update(Checkpoint).where(Checkpoint.id == checkpoint).values(status="rejected", weights_key=None)
+        )
+    scene.promised.checkpoints.add(str(checkpoint))
+
+
+def _call_it_late(scene: Scene) -> None:
+    scene.promised.hurried.add(scene.job_id)
+    scene.change(status="failed", reason="deadline_exceeded", deadline_at=func.now() + timedelta(hours=1))
 
 
 def _give_up_early(scene: Scene) -> None:
@@ -181,6 +213,11 @@ def _end_otherwise(scene: Scene) -> None:
         (_answer_a_key_twice, "broken"),
         (_end_otherwise, "broken"),
         (_give_up_early, "broken"),
+        (_leave_what_a_lost_attempt_wrote, "orphans"),
+        (_overrule_what_was_told, "broken"),
+        (_lose_a_checkpoint, "lost"),
+        (_leave_a_checkpoint, "broken"),
+        (_call_it_late, "broken"),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else value,
 )
@@ -204,4 +241,46 @@ def test_a_job_that_nobody_swept_behind_is_not_settled(scene: Scene) -> None:
     with scene.jobs.database.transaction() as session:
         session.execute(text("UPDATE jobs SET swept_at = NULL"))
 
-    assert unsettled(scene.jobs.database) == 1
+    (waiting,) = unsettled(scene.jobs.database)
+    assert scene.job_id in waiting
+
+
+def test_photos_that_nobody_erased_are_not_settled(scene: Scene) -> None:
+    image_set = scene.jobs.image_set()
+    with scene.jobs.database.transaction() as session:
+        session.execute(update(ImageSet).where(ImageSet.id == image_set).values(expires_at=func.now()))
+
+    assert any(image_set in waiting for waiting in unsettled(scene.jobs.database))
+
+
+def test_a_runner_and_a_folder_that_outlive_their_attempt_are_found(tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "worker-0" / "job_1").mkdir(parents=True)
+    script = tmp_path / "runner.py"
+    script.write_text("import time; time.sleep(60)")
+    with subprocess.Popen([sys.executable, str(script)]) as runner:
+        try:
+            found = leftovers_of_processes(tmp_path, [tmp_path / "scratch"])
+        finally:
+            runner.kill()
+
+    assert [str(runner.pid) in sentence for sentence in found.held_by_the_dead] == [True]
+    assert ["job_1" in sentence for sentence in found.orphans] == [True]
+
+
+@pytest.mark.parametrize(
+    ("spans", "seconds"),
+    [
+        ([(0, 3), (3, 5)], 0.0),
+        ([(0, 3), (2, 5)], 1.0),
+        ([(0, 60), (7, 8), (14, 40)], 26.0),  # the longest is not the neighbour
+        ([(14, 40), (0, 60)], 26.0),
+    ],
+)
+def test_runners_of_one_job_are_seen_beside_each_other(
+    tmp_path: Path, spans: list[tuple[float, float]], seconds: float
+) -> None:
+    for number, (begin, end) in enumerate(spans):
+        lines = ({"what": "start", "job": "job_1", "at": begin}, {"what": "end", "job": "job_1", "at": end})
+        (tmp_path / str(number)).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    assert overlap(tmp_path) == seconds
