@@ -60,7 +60,7 @@ def begin(
     if known is not None:
         return answers.send(known, replayed=True)
     _refuse_if_full(database, storage, caller, settings.tenant_open_jobs, own=0)
-    # No connection waits for the store. What a lost reply to the COMMIT leaves is the janitor's.
+    # No connection waits for the store.
     upload = uploads.begin(
         storage, caller.tenant_id, new_id("ckpt"), size=body.bytes, name=body.name, declared=body.declared()
     )
@@ -70,14 +70,25 @@ def begin(
         _refuse_if_full(database, storage, caller, settings.tenant_open_jobs, own=1)
         with database.transaction() as session:
             answer, replayed = idempotency.once(session, caller, act=lambda: made, **asked)
-            committing = True  # and an error does not tell whether it is committed
+            committing = idempotency_key is not None  # and an error does not tell whether it is committed
     except Exception:
-        if not committing:
+        if not (committing and _is_answer(database, caller, made, asked)):
             uploads.discard(storage, caller.tenant_id, upload.id)
         raise
     if replayed:
         uploads.discard(storage, caller.tenant_id, upload.id)
     return answers.send(answer, replayed=replayed)
+
+
+def _is_answer(database: Database, caller: Caller, made: idempotency.Answer, asked: dict[str, Any]) -> bool:
+    """Whether repeats of a request are given this answer, from now on at the latest; raises where it cannot be told."""
+    try:
+        # Not a look: that would not see a COMMIT which is still on its way. A second record waits for its end.
+        with database.transaction() as session:
+            answer, _ = idempotency.once(session, caller, act=lambda: made, **asked)
+    except IdempotencyKeyReused:
+        return False
+    return answer == made
 
 
 def _refuse_if_full(database: Database, storage: ObjectStorage, caller: Caller, open_jobs: int, *, own: int) -> None:
@@ -120,8 +131,19 @@ def complete(
 ) -> Response:
     """Every part has arrived: make them a checkpoint, which is then validated, its SHA-256 first. Twice is as once."""
     row = _known(database, caller, checkpoint_id)
-    if row is not None:
-        return answers.send(answers.accepted(CheckpointResource.of(row), f"/checkpoints/{row.id}", row.version))
+    if row is None:
+        try:
+            return _complete(checkpoint_id, body, caller, database, storage)
+        except NotFound:
+            row = _known(database, caller, checkpoint_id)  # by now, of a call beside this one, which ended the upload
+            if row is None:
+                raise
+    return answers.send(answers.accepted(CheckpointResource.of(row), f"/checkpoints/{row.id}", row.version))
+
+
+def _complete(
+    checkpoint_id: str, body: UploadWhole, caller: Caller, database: Database, storage: ObjectStorage
+) -> Response:
     upload = uploads.find(storage, caller.tenant_id, checkpoint_id)
     source = uploads.finish(
         storage,

@@ -35,6 +35,7 @@ __all__ = ["COMMON", "PROBLEM_JSON", "documented", "install", "respond"]
 PROBLEM_JSON = "application/problem+json"
 COMMON = (MissingKey, WrongKey, InvalidRequest, Internal, Unavailable)  # what any call with a key can answer
 CLIENT_CLOSED = 499  # nobody is there to read it
+READING = ("GET", "HEAD")
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
@@ -156,14 +157,22 @@ def _gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED)
 
 
-def _database_silent(_request: Request, _error: Exception) -> Response:
-    return respond(Unavailable("The database does not answer; nothing was changed. Try again.", server="database"))
+def _database_silent(request: Request, _error: Exception) -> Response:
+    return respond(Unavailable(f"The database does not answer; {_left_by(request)}", server="database"))
 
 
-def _store_silent(_request: Request, error: Exception) -> Response:
+def _store_silent(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
         raise error
-    return respond(Unavailable("The object store does not answer; nothing was changed. Try again.", server="storage"))
+    return respond(Unavailable(f"The object store does not answer; {_left_by(request)}", server="storage"))
+
+
+def _left_by(request: Request) -> str:
+    """What became of a request that a server behind us left without an answer, and what to do."""
+    if request.method in READING:
+        return "nothing was changed. Try again."
+    # A COMMIT may count although its reply was lost, and an erasure stops anywhere.
+    return "it is not known whether this was done. Repeat it with the same Idempotency-Key; without one, look first."
 
 
 def not_found(text: str) -> NotFound:

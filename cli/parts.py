@@ -101,10 +101,10 @@ def send_parts(
         meter.start(total - _bytes(parts))
         began = time.monotonic()
         fault = _round(path, parts, timeout, meter)
-        again = missing()
         # On a slow link a part takes minutes: a round in which bytes went out counts from its begin, so that a break is
-        # followed by another round.
+        # followed by another round. Nor does it count how long the service is away.
         tried = began if meter.moved else time.monotonic()
+        again = missing()
         # What counts is what is missing, not what was answered: a proxy may take what no store ever sees.
         if _bytes(again) < left:
             left, arrived, since = _bytes(again), True, time.monotonic()

@@ -199,13 +199,20 @@ class Uploads(Caller):
         place = f"/checkpoints/uploads/{begun['id']}"
 
         def missing() -> list[Part]:
-            return [Part(it["first"], it["bytes"], it["url"]) for it in self._get(place).json()["missing"]]
+            answer = self._get(place, patience=WAITING_PATIENCE_SECONDS)  # hours may have been sent by now
+            return [Part(it["first"], it["bytes"], it["url"]) for it in answer.json()["missing"]]
 
         with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
             digest = beside.submit(file_digest, path)
             try:
                 send_parts(path, missing, timeout=self._timeout, patience=self._transport.patience, progress=progress)
-                told = {"sha256": digest.result().hex()}
+                made: Mapping[str, Any] = self._transport.send(
+                    "POST",
+                    f"{place}/complete",
+                    json={"sha256": digest.result().hex()},
+                    repeatable=True,
+                    patience=WAITING_PATIENCE_SECONDS,
+                ).json()
             except BaseException as error:
                 self._abort(place)
                 if not isinstance(error, StoreOutOfReach):
@@ -213,7 +220,6 @@ class Uploads(Caller):
                 if notice:
                     notice(f"{error} Sending it through the service.")
                 return None
-        made: Mapping[str, Any] = self._transport.send("POST", f"{place}/complete", json=told, repeatable=True).json()
         return made
 
     def _abort(self, place: str) -> None:

@@ -121,6 +121,33 @@ def test_completions_at_once_make_one_checkpoint_and_one_import(
     assert len(imports) == 1
 
 
+@pytest.mark.parametrize("asks_for", [b"/source.upload HTTP", b"/source?uploadId="], ids=["its record", "its parts"])
+def test_a_completion_is_told_of_the_checkpoint_that_another_made_meanwhile(
+    relay: AskingRelay,
+    behind: Settings,
+    serve: Callable[..., httpx.Client],
+    api_key: NewKey,
+    client: httpx.Client,
+    storage: ObjectStorage,
+    caller: Caller,
+    asks_for: bytes,
+) -> None:
+    upload = begin(client)
+    send(upload)
+    slow, first = serve(create_app(behind), api_key), list[httpx.Response]()
+
+    def overtake(head: bytes) -> None:
+        if not first and head.startswith(b"GET ") and asks_for in head.split(b"\r\n")[0] + b"\r\n":
+            first.append(complete(client, upload))
+            storage.erase(object_keys.checkpoint_source(caller.tenant_id, upload["id"]))  # as its import does
+
+    relay.asked = overtake
+    second = complete(slow, upload)
+
+    assert [answer.status_code for answer in (*first, second)] == [202, 202]
+    assert second.json() == first[0].json()
+
+
 def test_begin_with_one_key_begins_once(client: httpx.Client, storage: ObjectStorage, caller: Caller) -> None:
     headers = {"Idempotency-Key": "k"}
 

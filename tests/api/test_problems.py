@@ -16,6 +16,7 @@ from api.app import create_app
 from services.errors import ForgetdError
 from services.settings import Settings
 from services.tenancy import NewKey
+from tests.relays import DatabaseRelay, relaying
 
 ROOT = Path(__file__).resolve().parents[2]
 DEAD = "127.0.0.1:9"  # the discard port: nobody listens
@@ -91,6 +92,47 @@ def test_silent_store_is_503_and_nothing_is_kept(
     assert is_problem(answer)
     assert (answer.status_code, answer.json()["server"]) == (503, "storage")
     assert client.get("/checkpoints").json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "dead",
+    [
+        {"database_url": SecretStr(f"postgresql+psycopg://user:word@{DEAD}/forgetd")},
+        {"s3_endpoint_url": f"http://{DEAD}"},
+    ],
+    ids=["database", "store"],
+)
+def test_only_a_read_is_told_that_nothing_was_changed(
+    settings: Settings,
+    api_key: NewKey,
+    serve: Serve,
+    client: httpx.Client,
+    new_image_set: Callable[[], str],
+    dead: dict[str, Any],
+) -> None:
+    impaired = serve(create_app(settings.model_copy(update=dead)), api_key)
+    upload = client.post("/checkpoints/uploads", json={"bytes": 5}).headers["location"]
+
+    answers = [impaired.get(upload), impaired.delete(f"/image-sets/{new_image_set()}")]
+
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert ["nothing was changed" in answer.json()["detail"] for answer in answers] == [True, False]
+    assert "it is not known whether this was done" in answers[1].json()["detail"]
+
+
+def test_a_post_that_counted_and_lost_its_reply_is_not_told_that_nothing_was_changed(
+    settings: Settings, api_key: NewKey, serve: Serve, client: httpx.Client, body: dict[str, Any]
+) -> None:
+    url = settings.database_url.get_secret_value()
+    with relaying(DatabaseRelay, url) as relay:
+        app = create_app(settings.model_copy(update={"database_url": SecretStr(relay.instead_of(url))}))
+        impaired = serve(app, api_key)
+        relay.trap("reply lost", after=b"INSERT INTO jobs")
+        answer = impaired.post("/jobs/forget", json=body)
+
+    assert (answer.status_code, answer.json()["server"]) == (503, "database")
+    assert len(client.get("/jobs").json()["items"]) == 1
+    assert "it is not known whether this was done" in answer.json()["detail"]
 
 
 def test_silent_broker_is_reported_and_accepts_jobs(

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, select
 
 from api.app import create_app
-from services import jobs, quotas
+from services import quotas
 from services.database import Database
 from services.settings import Settings
 from services.storage import ObjectStorage
@@ -171,16 +171,47 @@ def test_a_repeat_is_answered_after_the_deadline_too(
 # Queues.
 
 
+A_CLASS = {"target": {"class_label": 0}}
+A_CONCEPT = {"target": {"concept": "zero"}, "remember": {"concepts": ["one", "two"]}}
+
+
+def queue_of(database: Database, checkpoint: str, kind: str) -> str:
+    """Where the one job of that kind on the checkpoint waits."""
+    with database.transaction() as session:
+        asked = select(Job.queue).where(Job.checkpoint_id == checkpoint, Job.kind == kind)
+        return session.execute(asked).scalar_one()
+
+
 @pytest.mark.parametrize(
-    ("family", "queue"),
+    ("family", "asked", "queue"),
     [
-        ("glow", "gpu.flow"),
-        ("tarflow", "gpu.flow"),
-        ("vae", "gpu.flow"),
-        ("ddpm", "gpu.diffusion"),
-        ("stable-diffusion", "gpu.diffusion"),
-        ("stable-diffusion-xl", "gpu.diffusion"),
+        ("glow", {}, "gpu.flow"),
+        ("tarflow", {}, "gpu.flow"),
+        ("vae", A_CLASS, "gpu.flow"),
+        ("ddpm", A_CLASS, "gpu.diffusion"),
+        ("stable-diffusion", A_CONCEPT, "gpu.diffusion"),
+        ("stable-diffusion-xl", A_CONCEPT, "gpu.diffusion"),
     ],
 )
-def test_a_job_waits_for_a_worker_that_can_do_it(family: str, queue: str) -> None:
-    assert jobs.QUEUE_OF_FAMILY[family] == queue
+def test_a_job_waits_for_a_worker_that_can_do_it(
+    client: httpx.Client,
+    body: dict[str, Any],
+    ready_checkpoint: Callable[..., str],
+    database: Database,
+    caller: Caller,
+    family: str,
+    asked: dict[str, Any],
+    queue: str,
+) -> None:
+    checkpoint = ready_checkpoint(caller, family, architecture={"n_classes": 3})
+
+    answer = client.post("/jobs/forget", json=body | asked | {"checkpoint": checkpoint})
+
+    assert answer.status_code == 202, answer.text
+    assert queue_of(database, checkpoint, "forget") == queue
+
+
+def test_the_validation_of_an_upload_waits_for_a_worker_without_a_gpu(client: httpx.Client, database: Database) -> None:
+    checkpoint = client.post("/checkpoints", **FILE).json()["id"]
+
+    assert queue_of(database, checkpoint, "import") == "cpu"

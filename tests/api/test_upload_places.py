@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from services.tables import Tenant
 from services.tenancy import Caller, NewKey
 from services.uploads import PART_BYTES
 from tests.api.upload_steps import begin, begun, complete, send
-from tests.relays import AskingRelay, Connection, Relay, relaying
+from tests.relays import AskingRelay, Commit, Connection, DatabaseRelay, Relay, relaying
 
 
 class LosingRelay(Relay):
@@ -34,6 +34,29 @@ class LosingRelay(Relay):
 
     async def back(self, data: bytes, connection: Connection) -> bytes | None:
         return None if connection is self._lost else data
+
+
+class DoorRelay(DatabaseRelay):
+    """Asks the test whether it takes another connection, in the loop's thread."""
+
+    asked: Callable[[], bool] = staticmethod(lambda: True)
+
+    def admits(self) -> bool:
+        return self.asked()
+
+
+@pytest.fixture
+def door(settings: Settings) -> Iterator[DoorRelay]:
+    """What stands between ``impaired`` and the database."""
+    with relaying(DoorRelay, settings.database_url.get_secret_value()) as door:
+        yield door
+
+
+@pytest.fixture
+def impaired(settings: Settings, door: DoorRelay, serve: Callable[..., httpx.Client], api_key: NewKey) -> httpx.Client:
+    """A caller of a gateway behind ``door``."""
+    url = SecretStr(door.instead_of(settings.database_url.get_secret_value()))
+    return serve(create_app(settings.model_copy(update={"database_url": url})), api_key)
 
 
 @pytest.fixture
@@ -132,6 +155,55 @@ def test_an_upload_begun_when_the_database_went_takes_no_place(
 
     assert (answer.status_code, answer.json()["server"]) == (503, "database")
     assert begun(storage, caller) == 0
+
+
+@pytest.mark.parametrize(("lost", "back"), [("commit lost", True), ("reply lost", True), ("reply lost", False)])
+def test_a_begin_of_unknown_outcome_takes_one_place_with_its_repeat(
+    door: DoorRelay,
+    impaired: httpx.Client,
+    client: httpx.Client,
+    storage: ObjectStorage,
+    caller: Caller,
+    lost: Commit,
+    back: bool,
+) -> None:
+    asked: dict[str, Any] = {"json": {"bytes": 5}, "headers": {"Idempotency-Key": "k"}}
+
+    def lose() -> None:
+        door.asked = lambda: back
+
+    door.trap(lost, lose, after=b"INSERT INTO idempotency")
+    unknown = impaired.post("/checkpoints/uploads", **asked)
+    again = client.post("/checkpoints/uploads", **asked)
+
+    assert (unknown.status_code, unknown.json()["server"]) == (503, "database")
+    assert again.status_code == 201
+    assert client.get(again.headers["location"]).status_code == 200
+    assert begun(storage, caller) == 1
+
+
+@pytest.mark.parametrize("size", [5, 6], ids=["the same", "other content"])
+def test_a_begin_that_lost_its_commit_and_then_its_key_takes_no_place(
+    door: DoorRelay, impaired: httpx.Client, client: httpx.Client, storage: ObjectStorage, caller: Caller, size: int
+) -> None:
+    key, faster = {"Idempotency-Key": "k"}, list[httpx.Response]()
+
+    def overtake() -> bool:
+        if not faster:
+            faster.append(client.post("/checkpoints/uploads", json={"bytes": size}, headers=key))
+        return True
+
+    def lose() -> None:
+        door.reset()
+        door.asked = overtake
+
+    door.trap("commit lost", lose, after=b"INSERT INTO idempotency")
+    unknown = impaired.post("/checkpoints/uploads", json={"bytes": 5}, headers=key)
+
+    assert unknown.status_code == 503
+    assert [answer.status_code for answer in faster] == [201]
+    assert client.get(faster[0].headers["location"]).status_code == 200
+    assert begun(storage, caller) == 1
 
 
 def test_a_begin_that_the_store_answered_twice_takes_one_place(

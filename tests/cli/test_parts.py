@@ -26,6 +26,7 @@ MakeServer = Callable[..., ScriptedServer]
 Connect = Callable[..., Client]
 PART = 5 * 2**20  # the protocol's least, but for the last
 SLOW_SECONDS = 1.5
+NONE_MISSING = Answer(200, json.dumps({"missing": []}).encode())
 
 
 class Written:
@@ -215,17 +216,38 @@ def test_checkpoint_goes_through_the_service_where_the_store_is_out_of_reach(
     assert "through the service" in notices[0]
 
 
-def test_an_upload_that_comes_to_nothing_is_ended(make_server: MakeServer, connect: Connect, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "answers",
+    [[Answer(403)], [NONE_MISSING, Answer(409, b'{"title": "Parts have not arrived."}')]],
+    ids=["the key was revoked", "parts went missing"],
+)
+def test_an_upload_that_comes_to_nothing_is_ended(
+    make_server: MakeServer, connect: Connect, tmp_path: Path, answers: list[Answer]
+) -> None:
     path = tmp_path / "large.safetensors"
     with path.open("wb") as file:
         file.truncate(LARGE_BYTES)
     begun = Answer(201, json.dumps({"id": "ckpt_1"}).encode())
-    server = make_server(begun, Answer(403), Answer(204, b""))  # the key was revoked meanwhile, say
+    server = make_server(begun, *answers, Answer(204, b""))
 
     with pytest.raises(ProblemError):
         connect(server.url, patience=0.0).push_checkpoint(path, wait=False)
 
     assert (server.received[-1].method, server.received[-1].path) == ("DELETE", "/checkpoints/uploads/ckpt_1")
+
+
+def test_an_upload_outlives_a_restart_of_the_gateway(make_server: MakeServer, connect: Connect, tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.truncate(LARGE_BYTES)
+    begun, away = Answer(201, json.dumps({"id": "ckpt_1"}).encode()), Answer(503)
+    made = Answer(202, json.dumps({"id": "ckpt_1", "name": "large", "status": "validating"}).encode())
+    server = make_server(begun, away, NONE_MISSING, away, made)
+
+    checkpoint = connect(server.url, patience=0.0).push_checkpoint(path, wait=False)
+
+    assert checkpoint.id == "ckpt_1"
+    assert len(server.received) == 5
 
 
 def test_ranges_make_the_file_and_its_digest(storage: ObjectStorage, tmp_path: Path) -> None:
