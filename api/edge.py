@@ -7,7 +7,6 @@ import secrets
 import traceback
 
 import anyio
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +22,7 @@ STREAMED = frozenset(
 # can destroy the answer on its way.
 DRAIN_BYTES = 2**20
 DRAIN_SECONDS = 1.0
+DEFAULTS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 logger = logging.getLogger("forgetd.api")
 
 
@@ -61,13 +61,13 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int | None) -> None:
         self._receive, self._send = receive, send
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "")
-        self.announced = int(length) if length.isdecimal() else 0
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        self.announced = int(length) if length.isdigit() else 0
         self.limit = limit
         self.received = 0
-        self.unread = self.announced > 0 or "transfer-encoding" in headers
-        self._withheld = "expect" in headers  # the caller sends the body only if it is asked for
+        self.unread = self.announced > 0 or b"transfer-encoding" in headers
+        self._withheld = b"expect" in headers  # the caller sends the body only if it is asked for
         self.started = False
 
     async def receive(self) -> Message:
@@ -83,11 +83,12 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.started = True
             await self._drain()
-            headers = MutableHeaders(scope=message)
-            headers.setdefault("X-Content-Type-Options", "nosniff")
-            headers.setdefault("Cache-Control", "no-store")
+            headers = list(message["headers"])
+            said = {name for name, _ in headers}
+            headers += [default for default in DEFAULTS if default[0] not in said]
             if self.unread:
-                headers["Connection"] = "close"  # else the server would go on reading what was refused
+                headers.append((b"connection", b"close"))  # else the server would go on reading what was refused
+            message = {**message, "headers": headers}
         await self._send(message)
 
     async def _drain(self) -> None:

@@ -46,6 +46,9 @@ class Together(Generic[Question, Answer]):
         self._answer, self._seconds = answer, seconds
         self._waiting: deque[tuple[Question, asyncio.Future[Answer]]] = deque()
         self._busy = False
+        # Who waits and until when, the oldest first; one timer for all costs less than one for each.
+        self._deadlines: deque[tuple[float, asyncio.Future[Answer]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         # Not of the common threads, which slow uploads may hold; and cheaper than them: nothing waits for its result.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="together")
 
@@ -54,22 +57,37 @@ class Together(Generic[Question, Answer]):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         self._waiting.append((question, future))
+        self._deadlines.append((loop.time() + self._seconds, future))
+        if self._timer is None:
+            self._watch(loop)
         if not self._busy:
             self._busy = True
             loop.call_soon(self._begin, loop)  # after all else that has arrived by now
-        late = loop.call_later(self._seconds, self._give_up, future)
-        try:
-            return await future
-        finally:
-            late.cancel()
+        return await future
 
     def close(self) -> None:
         """End the thread; nobody asks any more."""
         self._thread.shutdown(wait=False)
 
-    def _give_up(self, future: asyncio.Future[Answer]) -> None:
-        if not future.done():
-            future.set_exception(PoolTimeout(f"no answer within {self._seconds:g} s"))
+    def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        """At the oldest one's deadline, which may be answered by now: tell all who waited too long."""
+        now = loop.time()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, future = self._deadlines.popleft()
+            if not future.done():
+                future.set_exception(PoolTimeout(f"no answer within {self._seconds:g} s"))
+        self._timer = None
+        self._watch(loop)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have a timer while somebody waits, and none else."""
+        while self._deadlines and self._deadlines[0][1].done():
+            self._deadlines.popleft()
+        if self._deadlines and self._timer is None:
+            self._timer = loop.call_at(self._deadlines[0][0], self._give_up, loop)
+        elif not self._deadlines and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         batch: list[tuple[Question, asyncio.Future[Answer]]] = []
@@ -103,4 +121,5 @@ class Together(Generic[Question, Answer]):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
+        self._watch(loop)
         self._begin(loop)
