@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -93,6 +94,12 @@ def variable(pid: int, name: str) -> str | None:
     return dict(pair.partition("=")[::2] for pair in pairs if pair).get(name)
 
 
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether the signal waits for a process that is stopped."""
+    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
+
+
 def test_a_worker_sees_its_gpu_alone(start: Callable[..., Started], database: Database) -> None:
     keeper = start("--gpu", "1")
     eventually(lambda: listening(database), within=SECONDS)
@@ -178,6 +185,48 @@ def test_all_gpus_have_workers_that_are_kept_and_end_in_order(
     assert keeper.ends(signal.SIGTERM) == 0
     assert [one for one in children if alive(one.pid)] == []
     assert not any(f"-{one.pid}-" in name for one in children for name in listening(database))  # each said goodbye
+
+
+def worker_of(keeper: Started, *, after: psutil.Process | None = None) -> psutil.Process:
+    """The worker of a keeper of one, once it runs its own code; another one than that."""
+
+    def found() -> psutil.Process | None:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            for one in keeper.children():
+                if one != after and "worker.main" in one.cmdline():
+                    return one
+        return None
+
+    worker: psutil.Process = eventually(found, within=SECONDS)
+    return worker
+
+
+def test_a_worker_that_keeps_dying_is_started_after_a_longer_pause(start: Callable[..., Started]) -> None:
+    keeper = start("--gpu", "0")
+    first = worker_of(keeper)
+
+    first.kill()
+    second = worker_of(keeper, after=first)
+    second.kill()
+    third = worker_of(keeper, after=second)
+
+    assert second.create_time() - first.create_time() >= 1
+    assert third.create_time() - second.create_time() >= 2
+    said = keeper.log.read_text()
+    assert [line.split("again in ")[1] for line in said.splitlines() if "again in" in line] == ["1 s.", "2 s."]
+
+
+def test_a_second_signal_kills_a_worker_that_does_not_drain(start: Callable[..., Started]) -> None:
+    keeper = start("--gpu", "0", FORGETD_DRAIN_GRACE_SECONDS="3600")  # nothing but the signal ends the wait
+    worker = worker_of(keeper)
+    worker.suspend()  # it hears no SIGTERM
+    eventually(lambda: worker.status() == psutil.STATUS_STOPPED, within=SECONDS)
+    os.kill(keeper.pid, signal.SIGTERM)
+    eventually(lambda: pending(worker.pid, signal.SIGTERM), within=SECONDS)  # the keeper handed the first one on
+
+    assert keeper.ends(signal.SIGTERM) == ExitCode.FAILURE
+
+    assert not alive(worker.pid)
 
 
 def test_workers_whose_keeper_is_killed_drain(start: Callable[..., Started], database: Database) -> None:

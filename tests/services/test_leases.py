@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -63,6 +63,11 @@ class Protocol:
     def events(self, job_id: str) -> list[str]:
         with self.database.transaction() as session:
             return list(session.scalars(select(JobEvent.type).where(JobEvent.job_id == job_id).order_by(JobEvent.id)))
+
+    def clock(self) -> datetime:
+        """The database's."""
+        with self.database.transaction() as session:
+            return session.execute(select(func.clock_timestamp())).scalar_one()
 
     def change(self, job_id: str, **values: Any) -> None:
         with self.database.transaction() as session:
@@ -336,6 +341,21 @@ def test_a_runner_that_keeps_dying_is_given_pauses_and_then_up(protocol: Protoco
 
     assert outcomes == ["queued", "queued", "failed"]
     assert waits == [False, True, True]
+
+
+def test_pauses_between_lost_attempts_double_up_to_a_minute(protocol: Protocol) -> None:
+    job_id = protocol.queue()
+    protocol.lose(protocol.claimed(job_id), budget=9)  # the first loss, after which there is none
+
+    for seconds in (2, 4, 8, 16, 32, 60, 60, 60):
+        claim = protocol.claimed(job_id)
+        before = protocol.clock()
+        protocol.lose(claim, budget=9)
+        after = protocol.clock()
+
+        until = protocol.row(job_id).not_before
+        assert until is not None
+        assert until - after <= timedelta(seconds=seconds) <= until - before
 
 
 def test_a_job_that_pauses_is_not_rung(protocol: Protocol) -> None:
