@@ -44,7 +44,7 @@ class Database:
         answer_seconds: float = ANSWER_SECONDS,
         counted: Counted | None = None,
     ) -> None:
-        self._counted = counted
+        self._url, self._counted = url, counted
         self.engine: Engine = _engine(
             url, answer_seconds, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True
         )
@@ -61,6 +61,10 @@ class Database:
         if counted is not None:
             for engine in (self.engine, self._reads):
                 event.listen(engine, "handle_error", self._count_error)
+
+    def another(self, *, pool_size: int, answer_seconds: float) -> Database:
+        """The same database for somebody else, who closes it."""
+        return Database(self._url, pool_size=pool_size, answer_seconds=answer_seconds, counted=self._counted)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-__all__ = ["Multipart", "StoredPart"]
+__all__ = ["Multipart", "StoredPart", "length_of"]
 
 GONE = ("NoSuchKey", "NoSuchUpload", "404")
 
@@ -110,9 +111,10 @@ class Multipart:
     def size(self, key: str) -> int:
         """Bytes of a finished object."""
         try:
-            return self._client.head_object(Bucket=self._bucket, Key=key)["ContentLength"]
+            answer = self._client.head_object(Bucket=self._bucket, Key=key)
         except ClientError as error:
             raise _missing(error, key) from error
+        return length_of(answer)
 
     def head(self, key: str, count: int) -> bytes:
         """The first bytes of a finished object, so many at most."""
@@ -124,6 +126,17 @@ class Multipart:
         with body:
             first: bytes = body.read()
         return first
+
+
+def length_of(answer: Mapping[str, Any]) -> int:
+    """Bytes of the object that an answer is about.
+
+    Raises:
+        ConnectionError: it does not say; a ``KeyError`` would be taken for an object that is not there.
+    """
+    if "ContentLength" not in answer:
+        raise ConnectionError("the store's answer does not say how long it is")
+    return int(answer["ContentLength"])
 
 
 def _missing(error: ClientError, key: str) -> Exception:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from services.counted import Counted
-from services.multipart import Multipart
+from services.multipart import Multipart, length_of
 from services.settings import Settings
 from services.streamed_upload import PART_BYTES, StoredObject, Upload
 from services.whole_answers import take_only_whole_answers
@@ -37,6 +38,8 @@ CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict")
 SLOW_DOWN = 429
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
+TRIES = 5
+PING_SECONDS = 5
 
 
 def file_sha256(path: Path) -> str:
@@ -66,13 +69,12 @@ class ObjectStorage:
         self.moved_at = time.monotonic()  # when bytes or an answer last went either way: who hangs, stands still
         self._settings, self._counted = settings, counted
         self._client = self._connect(settings.s3_endpoint_url)
-        if counted is not None:
-            self._client.meta.events.register("response-received.s3", _Faults(counted))
+        self._client.meta.events.register("response-received.s3", self._moved)
         public = settings.s3_public_endpoint_url
         self._presigner = self._connect(public) if public else self._client
         self.multipart = Multipart(self._client, self._presigner, self.bucket, seconds=settings.presign_seconds)
 
-    def _connect(self, endpoint_url: str | None) -> S3Client:
+    def _connect(self, endpoint_url: str | None, *, read_seconds: float = READ_SECONDS, tries: int = TRIES) -> S3Client:
         settings = self._settings
         client: S3Client = boto3.client(
             "s3",
@@ -84,14 +86,15 @@ class ObjectStorage:
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
                 connect_timeout=CONNECT_SECONDS,
-                read_timeout=READ_SECONDS,
-                retries={"mode": "standard", "max_attempts": 4},
+                read_timeout=read_seconds,
+                retries={"mode": "standard", "total_max_attempts": tries},
                 max_pool_connections=20,
             ),
         )
         # Of a store that breaks off in the middle of its "100 Continue", botocore would wait for the rest for ever.
         client.meta.events.unregister("before-call.s3", add_expect_header)
-        client.meta.events.register("response-received.s3", self._moved)
+        if self._counted is not None:
+            client.meta.events.register("response-received.s3", _Faults(self._counted))
         take_only_whole_answers(client)
         return client
 
@@ -105,6 +108,14 @@ class ObjectStorage:
     def ping(self) -> None:
         """Raise unless the bucket answers."""
         self._client.head_bucket(Bucket=self.bucket)
+
+    def ping_once(self) -> None:
+        """Raise unless the bucket answers, within seconds. It leaves ``moved_at``: who asks is not at work."""
+        self._pinger.head_bucket(Bucket=self.bucket)
+
+    @cached_property
+    def _pinger(self) -> S3Client:
+        return self._connect(self._settings.s3_endpoint_url, read_seconds=PING_SECONDS, tries=1)
 
     # Writing.
 
@@ -199,7 +210,7 @@ class ObjectStorage:
         Raises:
             KeyError: there is none.
             Stopped: ``going_on``, which is asked all along, said no.
-            ConnectionError: what the store sent is not the whole of it.
+            ConnectionError: what the store sent is not the whole of it, or it does not say how long that is.
         """
         try:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
@@ -207,7 +218,8 @@ class ObjectStorage:
             body = answer["Body"]  # as a context manager it would give the stream below it, which counts no bytes
             with body:
                 # One request up to here; a transfer asks twice and starts threads.
-                if answer["ContentLength"] <= PARALLEL_FROM_BYTES:
+                length = length_of(answer)
+                if length <= PARALLEL_FROM_BYTES:
                     with path.open("wb") as file:
                         for chunk in body.iter_chunks(READ_BYTES):
                             if not going_on():
@@ -218,7 +230,7 @@ class ObjectStorage:
             asking = _Asking(going_on, self._moved)
             with TransferManager(self._client, TransferConfig()) as manager:
                 _result(manager.download(self.bucket, key, str(path), None, [asking]), key)
-            if asking.passed != answer["ContentLength"]:  # a part that is short leaves a hole, which nobody looks for
+            if asking.passed != length:  # a part that is short leaves a hole, which nobody looks for
                 raise ConnectionError("the store's answers were not the whole object")
             return written
         except ClientError as error:
@@ -228,12 +240,7 @@ class ObjectStorage:
 
     def size(self, key: str) -> int:
         """Bytes of an object; a missing one is ``KeyError``."""
-        try:
-            return self._client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
-                raise KeyError(key) from error
-            raise
+        return self.multipart.size(key)
 
     def presigned_get(self, key: str, *, filename: str, media_type: str) -> str:
         """A URL that gives this one object to whoever holds it, for the settings' ``presign_seconds``."""

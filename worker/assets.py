@@ -25,7 +25,7 @@ from services.leases import Claim
 from services.logs import inheriting
 from services.storage import ObjectStorage, Stopped, StoredObject, file_sha256
 from worker import publication
-from worker.patience import GaveUp, patiently, store_away
+from worker.patience import GaveUp, Headway, patiently, store_away
 from worker.process import Malformed
 
 __all__ = ["Asset", "AssetKeeper", "fetch", "offered"]
@@ -225,7 +225,14 @@ def offered(message: dict[str, Any], folder: Path) -> Asset:
     raise Malformed("an odd asset")
 
 
-def fetch(storage: ObjectStorage, claim: Claim, folder: Path, *, going_on: Callable[[], bool]) -> dict[str, str]:
+def fetch(
+    storage: ObjectStorage,
+    claim: Claim,
+    folder: Path,
+    *,
+    going_on: Callable[[], bool],
+    headway: Headway | None = None,
+) -> dict[str, str]:
     """Fetch what earlier attempts at a job left, and the newest assets of its checkpoint, each checked.
 
     One that cannot be had is left out. A damaged one of the checkpoint is erased too, so that it can be written anew;
@@ -236,11 +243,14 @@ def fetch(storage: ObjectStorage, claim: Claim, folder: Path, *, going_on: Calla
         Their paths in the folder, by name.
     """
     (folder / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+    headway = headway or Headway()
     found = _found(storage, claim)
     paths = {name: f"{FOLDER}/{name}.safetensors" for name in found}
 
     def here(name: str) -> bool:
-        return going_on() and _fetch_one(storage, claim, found[name], folder / paths[name], going_on)
+        if not going_on():
+            return False
+        return _fetch_one(storage, claim, found[name], folder / paths[name], headway.along(name, going_on))
 
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
         return {

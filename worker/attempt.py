@@ -18,7 +18,7 @@ from worker import assets, inputs, publication
 from worker.assets import AssetKeeper
 from worker.endings import INTERRUPTED_STATUS, Ending, classify, problem
 from worker.lease import LeaseKeeper
-from worker.patience import GaveUp, StayedAway, database_away, patiently, store_away
+from worker.patience import GaveUp, Headway, StayedAway, database_away, patiently, store_away
 from worker.phases import Phases
 from worker.process import Malformed, RunnerProcess, runner_environment
 from worker.states import StateKeeper
@@ -67,9 +67,7 @@ class Attempt:
             told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
             return Ending.failed("user_error", told)
         except StayedAway:
-            # Nothing is computed yet, and another host may reach the store, or have credentials that it takes.
-            self._worker.cut_off.set()
-            return self._interrupted(Ending("released", why="the store did not answer this worker"))
+            return self._interrupted(self._without_inputs())
         except (GaveUp, Stopped):
             return self._interrupted()
         if ending.artifacts is None:
@@ -94,13 +92,15 @@ class Attempt:
         return patiently(look_up, away=database_away, going_on=self._going_on, what=f"{self._claim.job_id}: inputs")
 
     def _fetch(self, plan: inputs.Plan) -> None:
+        headway = Headway()
         resumable = patiently(
-            lambda: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on),
+            lambda: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on, headway=headway),
             away=store_away,
             going_on=self._going_on,
             what=f"{self._claim.job_id}: inputs",
             pause=self._worker.drain,
             within=self._settings.store_patience_seconds,
+            headway=headway,
         )
         if not self._going_on():
             raise GaveUp
@@ -112,14 +112,29 @@ class Attempt:
         inputs.write_job(self._folder, job)
 
     def _fetch_assets(self) -> dict[str, str]:
+        headway = Headway()
         return patiently(
-            lambda: assets.fetch(self._storage, self._claim, self._folder, going_on=self._going_on),
+            lambda: assets.fetch(self._storage, self._claim, self._folder, going_on=self._going_on, headway=headway),
             away=store_away,
             going_on=self._going_on,
             what=f"{self._claim.job_id}: assets",
             pause=self._worker.drain,
             within=self._settings.store_patience_seconds,
+            headway=headway,
         )
+
+    def _without_inputs(self) -> Ending:
+        """Where the store stayed away. Nothing is computed yet.
+
+        From all of this host, and another may reach it, or have credentials that it takes; or from this job alone, and
+        then every host would meet that, for ever, were it not counted.
+        """
+        try:
+            self._storage.ping_once()
+        except Exception:
+            self._worker.cut_off.set()
+            return Ending("released", why="the store did not answer this worker")
+        return Ending("lost", why="the store answers and keeps refusing what the job reads")
 
     def _supervise(self) -> Ending:
         # Loading its libraries takes the runner as long as we take to fetch; where it reads a hostile file, it is to

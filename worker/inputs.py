@@ -20,6 +20,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage, file_sha256
 from services.tables import Checkpoint, Classifier, ImageSet
 from worker.judges import Judges
+from worker.patience import Headway
 
 __all__ = ["InputMissing", "Plan", "fetch", "plan", "write_job"]
 
@@ -253,10 +254,18 @@ def _images(session: Session, claim: Claim, image_set_id: str, pointer: str) -> 
     return row.images
 
 
-def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callable[[], bool] = lambda: True) -> bool:
+def fetch(
+    storage: ObjectStorage,
+    plan: Plan,
+    folder: Path,
+    *,
+    going_on: Callable[[], bool] = lambda: True,
+    headway: Headway | None = None,
+) -> bool:
     """Fetch everything, several files at once, each checked against its digest. Whether there is a state to resume.
 
-    Once `going_on` says no, nothing more is asked for, and what is on its way stops; the first file that fails ends
+    Of the same `headway` in each try, whoever repeats this learns whether it got any further. Once `going_on` says no,
+    nothing more is asked for, and what is on its way stops; the first file that fails ends
     the others' waiting too.
 
     Safe to repeat: files that are there and right are kept. A state that is gone or damaged is left out, so that the
@@ -267,11 +276,14 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callabl
         Stopped: `going_on` said no in the middle of a file.
         ConnectionError: an answer of the store broke off, and did not say so.
     """
+    headway = headway or Headway()
+
+    def fetch_one(wanted: Input) -> None:
+        _fetch_one(storage, wanted, folder, headway.along(wanted.path, going_on))
+
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
         try:
-            for done in as_completed(
-                [pool.submit(_fetch_one, storage, wanted, folder, going_on) for wanted in plan.files]
-            ):
+            for done in as_completed([pool.submit(fetch_one, wanted) for wanted in plan.files]):
                 done.result()
                 if not going_on():
                     return False
@@ -280,7 +292,7 @@ def fetch(storage: ObjectStorage, plan: Plan, folder: Path, *, going_on: Callabl
     if plan.resume is None:
         return False
     try:
-        _fetch_one(storage, plan.resume, folder, going_on)
+        fetch_one(plan.resume)
     except InputMissing:
         return False
     return True

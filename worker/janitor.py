@@ -10,6 +10,7 @@ from functools import partial
 
 from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from services import checkpoints, idempotency, image_sets, metrics_table, object_keys, uploads
@@ -27,52 +28,64 @@ UNFINISHED_HOURS = uploads.UNFINISHED_HOURS  # one of images that never became a
 STALE_WRITERS = timedelta(days=2)  # an attempt that lost its lease may go on writing, but not for this long
 TENANTS = "tenants/"
 REFUSED = (BotoCoreError, ClientError, RuntimeError)  # by the store, or no answer from it
+FAULTS_OF_A_ROW = (*REFUSED, SQLAlchemyError)  # of a database that is away, the question for the next row says so
 OWNED = re.compile(r"tenants/[^/]+/(checkpoints|classifiers|image-sets)/((?:ckpt|clf|imgs)_[0-9a-f]{32})/")
 
 
 def sweep(database: Database, storage: ObjectStorage) -> int:
-    """Sweep behind the jobs that ended, then erase the image sets that are due. Returns how many rows were done.
+    """Erase the image sets that are due and sweep behind the jobs that ended. Returns how many rows were done.
 
     No row is locked while the store deletes, and two janitors never do the same one. A row whose deletion fails stays
-    due and holds up nobody else.
+    due and holds up nobody else; images of people wait for no job but their own.
     """
-    done = 0
+    passed_sets: set[str] = set()
+    done = _erase_sets(database, storage, passed_sets)
     unswept = Job.finished_at.is_not(None) & Job.swept_at.is_(None)
     passed: set[str] = set()
     for _ in range(SWEEP_AT_ONCE):
         if _sweep_one(database, storage, unswept, passed) is None:
             break
         done += 1
-    return done + _erase_sets(database, storage)
+    return done + _erase_sets(database, storage, passed_sets)  # of the jobs that have just been swept
 
 
 def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bool], passed: set[str]) -> int | None:
     """Sweep behind the job that ended first of those that are due and not ``passed``. Returns how many objects went.
 
-    Jobs that the store refuses, or that another janitor is at, join ``passed``. None once no other job is due.
+    Jobs that the store or the database refuses, or that another janitor is at, join ``passed``. None once no other job
+    is due.
     """
     oldest = select(Job.id).where(due).order_by(Job.finished_at).limit(1)
     while True:
         with database.transaction() as session:
             job_id = session.scalar(oldest.where(Job.id.not_in(passed)))
-            if job_id is None:
-                return None
-            passed.add(job_id)
-            if not image_sets.condemn(session, job_id):
-                continue
-        with database.transaction() as session:  # another: no row is locked while the store deletes
-            # Asked again once it is ours: another may have done it in between.
-            if not _alone(session, job_id) or (job := session.scalar(select(Job).where(due, Job.id == job_id))) is None:
-                continue
-            try:
-                gone = _sweep(session, storage, job)
-            except REFUSED as error:
-                logger.warning("%s: not swept yet (%s)", job_id, type(error).__name__)
-                continue
-            session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
+        if job_id is None:
+            return None
+        passed.add(job_id)
+        try:
+            gone = _sweep_behind(database, storage, due, job_id)
+        except FAULTS_OF_A_ROW as error:
+            logger.warning("%s: not swept yet (%s)", job_id, type(error).__name__)
+            continue
+        if gone is None:
+            continue
         if gone:
             logger.info("%s: %d objects swept", job_id, gone)
         return gone
+
+
+def _sweep_behind(database: Database, storage: ObjectStorage, due: ColumnElement[bool], job_id: str) -> int | None:
+    """How many objects of a job went; None where it is another's to sweep, or nobody's yet."""
+    with database.transaction() as session:
+        if not image_sets.condemn(session, job_id):
+            return None
+    with database.transaction() as session:  # another: no row is locked while the store deletes
+        # Asked again once it is ours: another may have done it in between.
+        if not _alone(session, job_id) or (job := session.scalar(select(Job).where(due, Job.id == job_id))) is None:
+            return None
+        gone = _sweep(session, storage, job)
+        session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.clock_timestamp()))
+    return gone
 
 
 def _alone(session: Session, name: str) -> bool:
@@ -98,8 +111,8 @@ def _attempt_prefixes(storage: ObjectStorage, job: Job) -> set[str]:
     return {f"{root}{key.removeprefix(root).partition('/')[0]}/" for key in storage.keys(root)}
 
 
-def _erase_sets(database: Database, storage: ObjectStorage) -> int:
-    passed: set[str] = set()
+def _erase_sets(database: Database, storage: ObjectStorage, passed: set[str]) -> int:
+    """Erase a few sets of those that are due and not ``passed``, which they join. Returns how many."""
     done = 0
     while done < SETS_AT_ONCE:
         with database.transaction() as session:
@@ -108,7 +121,10 @@ def _erase_sets(database: Database, storage: ObjectStorage) -> int:
             break
         passed |= set(due)
         for image_set_id, why in due.items():
-            done += _erase_set(database, storage, image_set_id, why)
+            try:
+                done += _erase_set(database, storage, image_set_id, why)
+            except FAULTS_OF_A_ROW as error:
+                logger.warning("%s: not erased yet (%s)", image_set_id, type(error).__name__)
     return done
 
 
@@ -117,11 +133,7 @@ def _erase_set(database: Database, storage: ObjectStorage, image_set_id: str, wh
         row = session.get(ImageSet, image_set_id) if _alone(session, image_set_id) else None
         if row is None or row.erased_at is not None:
             return False
-        try:
-            gone = image_sets.erase(session, storage, row, why=why)
-        except REFUSED as error:
-            logger.warning("%s: not erased yet (%s)", image_set_id, type(error).__name__)
-            return False
+        gone = image_sets.erase(session, storage, row, why=why)
     logger.info("%s: %d objects erased", image_set_id, gone)
     return True
 

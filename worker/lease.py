@@ -23,6 +23,7 @@ __all__ = ["LeaseKeeper"]
 logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
+ANSWERS_PER_LEASE = 3  # that may fail to come, each with its connection, before the lease is over
 SLOWEST_VISIT_SECONDS = 2.0  # a cancel or a deadline is seen after this at the latest
 PROGRESS_SECONDS = 1.0  # between two writes of progress in the same phase
 RETRY_SECONDS = 0.25
@@ -46,7 +47,7 @@ class LeaseKeeper:
     along, and once it got nowhere for ``stall_seconds`` the lease is let go, and ``on_stall`` is called.
 
     Args:
-        database: where the lease is.
+        database: where the lease is; renewals have connections of their own to it.
         claim: whose it is.
         ttl_seconds: how long a lease holds.
         claimed_at: when the claim was sent (``time.monotonic``).
@@ -66,7 +67,7 @@ class LeaseKeeper:
         elsewhere_at: Callable[[], float] = lambda: 0.0,
         on_stall: Callable[[], None] = lambda: None,
     ) -> None:
-        self._database = database
+        self._database = database.another(pool_size=1, answer_seconds=ttl_seconds / ANSWERS_PER_LEASE)
         self._claim = claim
         self._ttl = ttl_seconds
         self._stall, self._elsewhere_at, self._on_stall = stall_seconds, elsewhere_at, on_stall
@@ -79,7 +80,7 @@ class LeaseKeeper:
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self.unwanted = threading.Event()  # set once the caller has cancelled or the deadline has passed
-        self._thread = threading.Thread(target=inheriting(self._keep), name=f"lease-{claim.job_id}", daemon=True)
+        self._thread = threading.Thread(target=inheriting(self._run), name=f"lease-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> LeaseKeeper:
         self._thread.start()
@@ -125,6 +126,12 @@ class LeaseKeeper:
         with self._lock:
             notes, self._notes = self._notes, []
         return [(note.phase, note.progress) for note in notes]
+
+    def _run(self) -> None:
+        try:
+            self._keep()
+        finally:
+            self._database.close()
 
     def _keep(self) -> None:
         pause = min(self._ttl / RENEWALS_PER_LEASE, SLOWEST_VISIT_SECONDS)

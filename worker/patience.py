@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["GaveUp", "StayedAway", "database_away", "patiently", "store_away"]
+__all__ = ["GaveUp", "Headway", "StayedAway", "database_away", "patiently", "store_away"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,31 @@ class GaveUp(Exception):
 
 class StayedAway(GaveUp):
     """The server stayed away for longer than this caller was to wait for it, though he could have."""
+
+
+class Headway:
+    """How far transfers have come, over all tries at them: what is sent once more is none.
+
+    Else a server that breaks off at the same place each time would be waited for without end.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._furthest: dict[str, int] = {}
+
+    def along(self, name: str, going_on: Callable[[], bool]) -> Callable[[], bool]:
+        """``going_on`` for one try at this transfer, which asks it as bytes pass."""
+        passed = 0
+
+        def asked() -> bool:
+            nonlocal passed
+            passed += 1
+            if passed > self._furthest.get(name, 0):
+                self._furthest[name] = passed
+                self.steps += 1
+            return going_on()
+
+        return asked
 
 
 def database_away(error: BaseException) -> bool:
@@ -60,6 +85,7 @@ def patiently(
     what: str,
     pause: threading.Event | None = None,
     within: float = float("inf"),
+    headway: Headway | None = None,
 ) -> T:
     """Repeat the call while its server is away.
 
@@ -70,19 +96,22 @@ def patiently(
         what: for the log.
         pause: an event that ends a pause early, such as a shutdown.
         within: seconds from the first failure after which a few tries were enough.
+        headway: what the call gets along by; a failure behind more of it is a first one again.
 
     Raises:
         GaveUp: ``going_on`` said no.
         StayedAway: ``within`` is over.
     """
     seconds = FIRST_PAUSE_SECONDS
-    tries, since = 0, 0.0
+    tries, since, steps = 0, 0.0, 0
     while True:
         try:
             result = call()
         except Exception as error:
             if not away(error):
                 raise
+            if headway is not None and headway.steps > steps:
+                tries, seconds, steps = 0, FIRST_PAUSE_SECONDS, headway.steps
             if tries == 0:
                 since = time.monotonic()
                 logger.warning("%s: no answer (%s); trying again", what, type(error).__name__)

@@ -119,7 +119,7 @@ class Supervisor:
         limit = time.monotonic() + CUT_OFF_SECONDS
         while time.monotonic() < limit and not self.drain.is_set():
             try:
-                self._storage.ping()
+                self._storage.ping_once()
             except Exception as error:
                 logger.warning("taking no job: the store does not answer (%s)", type(error).__name__)
                 self.drain.wait(PING_SECONDS)

@@ -155,7 +155,8 @@ def _doorbells(session: Session, lying: Mapping[str, int], live: Sequence[Listen
         says = f"{count} lie{'s' if count == 1 else ''} unheard in queue {queue}, whose workers have a slot free"
         mend = (
             "Let workers and control loop have the same FORGETD_BROKER_URL: server, and number after the slash. If "
-            "they do, the log of each worker says whether it reaches the broker."
+            "they do, the log of each worker says whether it reaches the broker, and the store: a worker that the "
+            "store does not answer takes no job."
         )
         yield wrong(check, f"{says} ({_some(free)})", mend)
     if not lying:

@@ -336,6 +336,7 @@ def test_bells_that_workers_do_not_hear_are_no_fault_of_the_control_loop(
     assert (told.code, state) == (ExitCode.FAILURE, "wrong")
     assert line == "1 lies unheard in queue gpu.flow, whose workers have a slot free (elsewhere-1-abcdef)"
     assert "the same FORGETD_BROKER_URL" in mend
+    assert "a worker that the store does not answer takes no job" in mend
     assert told.of("control loop")[0] == "ok"
 
 

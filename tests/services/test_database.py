@@ -34,6 +34,16 @@ def test_an_answer_that_does_not_come_costs_the_connection(database_url: str) ->
     database.close()
 
 
+def test_another_has_connections_and_a_patience_of_its_own(database: Database) -> None:
+    other = database.another(pool_size=1, answer_seconds=0.5)
+    assert backend(other) != backend(database)
+
+    with pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
+        ask(other, "SELECT pg_sleep(5)")
+
+    other.close()
+
+
 def test_a_refusal_costs_no_connection(database_url: str) -> None:
     database = Database(database_url, pool_size=1)
     before = backend(database)

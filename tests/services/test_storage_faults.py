@@ -129,6 +129,25 @@ def test_an_answer_that_breaks_off_in_its_head_is_no_answer(
     assert store_away(failed.value)
 
 
+@pytest.mark.parametrize("read", ["fetch", "size", "size of a whole"])
+def test_an_object_whose_length_is_not_said_is_not_taken_for_one_that_is_gone(
+    behind: ObjectStorage, broken_store: BrokenStore, tmp_path: Path, read: str
+) -> None:
+    broken_store.answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    if read == "fetch":
+        broken_store.answer += b"5\r\nwhole\r\n0\r\n\r\n"
+    asking: dict[str, Callable[[], object]] = {
+        "fetch": lambda: behind.fetch("key", tmp_path / "file"),
+        "size": lambda: behind.size("key"),
+        "size of a whole": lambda: behind.multipart.size("key"),
+    }
+
+    with pytest.raises(ConnectionError) as failed:
+        asking[read]()
+
+    assert store_away(failed.value)
+
+
 @pytest.mark.parametrize("listing", LISTINGS)
 def test_a_listing_without_its_body_is_not_empty(
     behind: ObjectStorage, broken_store: BrokenStore, listing: str

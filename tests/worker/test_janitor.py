@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import uuid_utils
 from botocore.exceptions import ClientError
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, make_url, select, text, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from services import image_sets, object_keys, tenancy
+from services.database import Database
 from services.errors import ImageSetErased
 from services.ids import new_id
 from services.storage import ObjectStorage
@@ -143,6 +147,53 @@ def test_jobs_whose_sweep_is_refused_hold_up_no_other(jobs: Jobs) -> None:
 
     assert jobs.row(other).swept_at is not None
     assert all(jobs.row(job_id).swept_at is None for job_id in refused)
+
+
+def test_people_s_images_wait_for_no_job_that_is_refused(jobs: Jobs) -> None:
+    refused = [jobs.queue() for _ in range(2)]
+    end(jobs, *refused)
+    due = jobs.image_set(hours=-1)
+    store = Store(jobs, *refused)
+
+    janitor.sweep(jobs.database, store)
+
+    assert due in store.erased[0]
+    assert all(sum(name in prefix for prefix in store.erased) == 1 for name in (due, *refused))
+
+
+@pytest.mark.parametrize("kind", ["job", "set"])
+def test_a_row_that_the_database_refuses_holds_up_no_other(
+    kind: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_ids, sets = [jobs.queue() for _ in range(2)], [jobs.image_set(hours=-1) for _ in range(2)]
+    for job_id in job_ids:
+        end(jobs, job_id)
+    bad = {"job": job_ids, "set": sets}[kind][0]
+
+    def refusing(work: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(session: Session, *given: Any, **more: Any) -> Any:
+            if any(getattr(it, "id", it) == bad for it in given):
+                session.execute(text("SELECT 1 / 0"))
+            return work(session, *given, **more)
+
+        return refuse
+
+    monkeypatch.setattr(image_sets, "condemn", refusing(image_sets.condemn))
+    monkeypatch.setattr(image_sets, "erase", refusing(image_sets.erase))
+
+    janitor.sweep(jobs.database, jobs.storage)
+
+    with jobs.database.transaction() as session:
+        erased = set(session.scalars(select(ImageSet.id).where(ImageSet.erased_at.is_not(None))))
+    done = {job_id for job_id in job_ids if jobs.row(job_id).swept_at is not None} | (erased & set(sets))
+    assert done == {*job_ids, *sets} - {bad}
+
+
+def test_a_database_that_is_away_ends_the_turn(jobs: Jobs, database_url: str) -> None:
+    away = Database(make_url(database_url).set(port=9).render_as_string(hide_password=False))
+
+    with pytest.raises(OperationalError):
+        janitor.sweep(away, jobs.storage)
 
 
 def test_uploads_whose_removal_is_refused_hold_up_no_other(jobs: Jobs) -> None:
