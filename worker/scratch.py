@@ -57,6 +57,10 @@ class Scratch:
         finally:
             _remove(folder)
 
+    def free_bytes(self) -> int:
+        """What its disk has left."""
+        return shutil.disk_usage(self._home).free
+
     def close(self) -> None:
         """Remove the worker's folder."""
         _remove(self._home)

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from services import leases
 from services.database import Database
@@ -33,8 +34,9 @@ __all__ = ["Supervisor"]
 
 logger = logging.getLogger(__name__)
 
-CUT_OFF_SECONDS = 60.0  # that a worker without a store sits on a doorbell
+IDLE_SECONDS = 60.0  # that a worker without a store or a disk sits on a doorbell
 PING_SECONDS = 5.0
+ROOM_BYTES = 16 * 2**20  # of scratch, without which not even a small job gets anywhere
 
 
 class Supervisor:
@@ -110,24 +112,29 @@ class Supervisor:
             return self._attempt(claim, before)
 
     def _can_work(self) -> bool:
-        """Whether the store answers, asked only after it did not: else this worker would take jobs from those who can.
+        """Whether an attempt has a chance here: else this worker, idle first, would take jobs from those who can.
 
-        Keeps its slot busy for a while, so that no further bell is heard here.
+        Keeps its slot busy for a while where not, so that no further bell is heard here.
         """
-        if not self._cut_off.is_set():
-            return True
-        limit = time.monotonic() + CUT_OFF_SECONDS
-        while time.monotonic() < limit and not self.drain.is_set():
+        limit = time.monotonic() + IDLE_SECONDS
+        while (why := self._useless()) is not None:
+            logger.warning("taking no job: %s", why)
+            if self.drain.wait(PING_SECONDS) or time.monotonic() > limit:
+                return False
+        return True
+
+    def _useless(self) -> str | None:
+        """Why no attempt would get anywhere. The store is asked only after it did not answer."""
+        if (free := self._scratch.free_bytes()) < ROOM_BYTES:
+            return f"the disk of the scratch folder is full ({free} bytes left)"
+        if self._cut_off.is_set():
             try:
                 self._storage.ping_once()
             except Exception as error:
-                logger.warning("taking no job: the store does not answer (%s)", type(error).__name__)
-                self.drain.wait(PING_SECONDS)
-            else:
-                logger.info("the store answers again")
-                self._cut_off.clear()
-                return True
-        return False
+                return f"the store does not answer ({type(error).__name__})"
+            logger.info("the store answers again")
+            self._cut_off.clear()
+        return None
 
     def _attempt(self, claim: Claim, before: float) -> str:
         """From the claim, which was asked for at ``before``, to the end."""
@@ -145,8 +152,9 @@ class Supervisor:
             elsewhere_at=lambda: storage.moved_at,
             on_stall=self._on_stall,
         )
-        with keeper, self._scratch.attempt(claim.job_id, claim.token) as folder:
+        with keeper, ExitStack() as attempt:
             try:
+                folder = attempt.enter_context(self._scratch.attempt(claim.job_id, claim.token))
                 ending = Attempt(self._shared, storage, claim, keeper, folder, phases).work()
             except Exception as error:
                 # A fault of ours: the job goes back to the queue at once, within its budget.
