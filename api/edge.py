@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import traceback
@@ -10,7 +11,7 @@ import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import respond
+from api.problems import ended, respond
 from services.errors import Internal, TooLarge
 
 __all__ = ["Edge", "PathOnly"]
@@ -44,6 +45,11 @@ class Edge:
             return
         try:
             await self.app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            # The server ends, and has waited for this answer as long as it waits. By itself it would say 500.
+            if not exchange.started:
+                await ended(scope["method"])(scope, receive, exchange.send)
+            raise
         except Exception as error:
             reference = secrets.token_hex(8)
             _log(reference, scope, error)

@@ -30,7 +30,7 @@ from services.errors import (
 )
 from services.logs import fields
 
-__all__ = ["COMMON", "PROBLEM_JSON", "documented", "install", "respond"]
+__all__ = ["COMMON", "PROBLEM_JSON", "documented", "ended", "install", "respond"]
 
 PROBLEM_JSON = "application/problem+json"
 COMMON = (MissingKey, WrongKey, InvalidRequest, Internal, Unavailable)  # what any call with a key can answer
@@ -158,18 +158,23 @@ def _gone(_request: Request, _error: Exception) -> Response:
 
 
 def _database_silent(request: Request, _error: Exception) -> Response:
-    return respond(Unavailable(f"The database does not answer; {_left_by(request)}", server="database"))
+    return respond(Unavailable(f"The database does not answer; {_left_by(request.method)}", server="database"))
 
 
 def _store_silent(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
         raise error
-    return respond(Unavailable(f"The object store does not answer; {_left_by(request)}", server="storage"))
+    return respond(Unavailable(f"The object store does not answer; {_left_by(request.method)}", server="storage"))
 
 
-def _left_by(request: Request) -> str:
-    """What became of a request that a server behind us left without an answer, and what to do."""
-    if request.method in READING:
+def ended(method: str) -> Response:
+    """For a request that was still under way when the gateway had to end."""
+    return respond(Unavailable(f"This gateway is stopped; {_left_by(method)}", server="gateway"))
+
+
+def _left_by(method: str) -> str:
+    """What became of a request that a server of ours left without an answer, and what to do."""
+    if method in READING:
         return "nothing was changed. Try again."
     # A COMMIT may count although its reply was lost, and an erasure stops anywhere.
     return "it is not known whether this was done. Repeat it with the same Idempotency-Key; without one, look first."
