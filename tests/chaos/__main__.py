@@ -14,7 +14,7 @@ from pathlib import Path
 from services.database import Database
 from tests.chaos.audit import Findings, audit, endings, leftovers_of_processes, unsettled
 from tests.chaos.callers import PATIENCE_SECONDS, Callers
-from tests.chaos.faults import CATALOGUE, DRAIN_SECONDS, plan
+from tests.chaos.faults import CATALOGUE, DRAIN_SECONDS, plan, spares
 from tests.chaos.figures import figures
 from tests.chaos.fleet import Fleet, Shape, database_of, running_fleet, storage_of
 from tests.chaos.material import upload
@@ -65,8 +65,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
         _say(f"{time.monotonic() - began:5.0f} s: the fleet is up")
         callers = Callers(fleet, material, seed=given.seed, count=given.jobs, seconds=given.seconds)
         faults = plan(fleet, given.seed, given.faults, given.only)
-        spares = plan(fleet, given.seed + 2**32, given.faults // 4, given.only)
-        monkey = Monkey(fleet, faults, spares, given.seconds)
+        monkey = Monkey(fleet, faults, spares(fleet, given.seed, given.faults // 4, given.only), given.seconds)
         monkey.start()
         callers.run()
         _say(f"{time.monotonic() - began:5.0f} s: {len(callers.promised.jobs)} jobs were accepted")
@@ -103,6 +102,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
         "checkpoints": len(callers.promised.checkpoints),
         "ends_told": len(callers.promised.told),
         "faults_that_hit_nothing": monkey.missed,
+        "drains_forced": monkey.broken.drains_forced,
         "drains_cut": monkey.broken.drains_cut,
         "kinds_left_out": sorted(set(given.only or CATALOGUE) - set(+monkey.done)),
         "lease_ttl_seconds": given.ttl,
@@ -132,10 +132,10 @@ def _asked_for(findings: Findings, given: argparse.Namespace, callers: Callers, 
 def _judged(fleet: Fleet, callers: Callers) -> Findings:
     with database_of(fleet.settings) as database:
         _settle(database)
-        waiting = unsettled(database)
+        left = unsettled(database)
         storage, budget = storage_of(fleet.settings), fleet.shape.infrastructure_budget
         findings = audit(database, storage, callers.promised, fleet.trace, budget=budget)
-        findings.orphans += waiting
+        findings.orphans += [f"{what} waits for the janitor" for what in left.unswept]
     scratches = [fleet.folder / f"scratch-{number}" for number in range(fleet.shape.workers)]
     if fleet.small_disk is not None:
         scratches[-1] = Path(f"/proc/{fleet.workers[-1].pid}/root{fleet.small_disk}")
@@ -147,11 +147,11 @@ def _judged(fleet: Fleet, callers: Callers) -> Findings:
 
 def _settle(database: Database) -> None:
     """Wait until every job has ended and is swept, for as long as they do; the audit says which did not."""
-    left = len(unsettled(database))
+    left = unsettled(database).count
     since = time.monotonic()
     while left and time.monotonic() - since < STUCK_SECONDS:
         time.sleep(0.2)
-        if (now := len(unsettled(database))) < left:
+        if (now := unsettled(database).count) < left:
             left, since = now, time.monotonic()
     if left:
         _say(f"{left} jobs and image sets are still waiting after {STUCK_SECONDS:.0f} s in which nothing happened")

@@ -24,10 +24,11 @@ from tests.chaos.callers import Promised
 from tests.chaos.profile import is_real, profile
 from worker import janitor
 
-__all__ = ["Findings", "audit", "endings", "leftovers_of_processes", "unsettled"]
+__all__ = ["Findings", "Unsettled", "audit", "endings", "leftovers_of_processes", "unsettled"]
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 MANY = 1_000_000
+AHEAD = timedelta(minutes=15)
 ENDS = tuple(f"job.{status}" for status in TERMINAL)
 WHOLE_SECONDS = timedelta(seconds=2)  # the store tells times without fractions
 
@@ -48,14 +49,26 @@ class Findings:
         return any(vars(self).values())
 
 
-def unsettled(database: Database) -> list[str]:
-    """Jobs that have not ended, or have no janitor behind them yet, and photos that it has not erased yet."""
+@dataclass(frozen=True)
+class Unsettled:
+    """What still waits for something."""
+
+    open: list[str]
+    """Jobs that have not ended."""
+    unswept: list[str]
+    """Jobs that have, with no janitor behind them yet, and photos that it has not erased yet."""
+
+    @property
+    def count(self) -> int:
+        return len(self.open) + len(self.unswept)
+
+
+def unsettled(database: Database) -> Unsettled:
+    """What waits now."""
     with database.transaction() as session:
-        waiting = select(Job.id, Job.status).where(Job.status.not_in(TERMINAL) | Job.swept_at.is_(None))
-        jobs = [
-            f"{job_id} ({status}) waits for its end or for the janitor" for job_id, status in session.execute(waiting)
-        ]
-        return jobs + [f"the images {name} wait for the janitor" for name in image_sets.due(session, limit=MANY)]
+        jobs = list(session.scalars(select(Job.id).where(Job.status.not_in(TERMINAL))))
+        ended = session.scalars(select(Job.id).where(Job.status.in_(TERMINAL), Job.swept_at.is_(None)))
+        return Unsettled(jobs, [*ended, *image_sets.due(session, limit=MANY)])
 
 
 def endings(database: Database) -> dict[str, int]:
@@ -77,7 +90,8 @@ def audit(database: Database, storage: ObjectStorage, promised: Promised, trace:
     findings = Findings()
     _left_behind(findings, database, storage)  # what the service's own janitor did not see
     janitor.sweep(database, storage)
-    janitor.tidy(database, storage, unfinished=timedelta(), stale=timedelta())  # nobody uploads or computes any more
+    # Nobody uploads or computes any more. Ids tell when they were made, by clocks that were ahead by minutes.
+    janitor.tidy(database, storage, unfinished=-AHEAD, stale=timedelta())
     with database.transaction() as session:
         jobs = list(session.scalars(select(Job)))
         _promises(findings, promised, {job.id: job for job in jobs}, budget)
@@ -87,10 +101,13 @@ def audit(database: Database, storage: ObjectStorage, promised: Promised, trace:
         _attempts(findings, session, jobs)
         _personal(findings, session, promised)
         referenced = _referenced(session, jobs)
+        pushed = _pushed(session, promised)
     nonces = _nonces(trace)
     for job in jobs:
         if job.published_prefix is not None and job.kind != "import":
             _publication(findings, storage, job, nonces)
+    for checkpoint, import_job in pushed:
+        _weights(findings, storage, checkpoint, import_job)
     _orphans(findings, storage, referenced)
     return findings
 
@@ -205,6 +222,27 @@ def _publication(findings: Findings, storage: ObjectStorage, job: Job, nonces: C
         report = json.loads(bodies["report.json"])
         if report.get("seed") != job.seed or nonces[report.get("nonce")] != 1:
             findings.broken.append(f"{job.id} serves a report that no attempt of it made")
+
+
+def _pushed(session: Session, promised: Promised) -> list[tuple[Checkpoint, Job]]:
+    """The checkpoints that became ready, each with the job that validated it."""
+    rows = select(Checkpoint, Job).join(Job, (Job.checkpoint_id == Checkpoint.id) & (Job.kind == "import"))
+    wanted = rows.where(Checkpoint.id.in_(promised.checkpoints), Checkpoint.status == "ready")
+    return [(checkpoint, job) for checkpoint, job in session.execute(wanted)]
+
+
+def _weights(findings: Findings, storage: ObjectStorage, checkpoint: Checkpoint, job: Job) -> None:
+    """What a checkpoint names is whole, and was written by the attempt whose token ended its validation."""
+    key = checkpoint.weights_key or ""
+    if f"/{job.fencing_token}/" not in key:
+        findings.published_twice.append(f"{checkpoint.id} serves {key} and was ended by token {job.fencing_token}")
+    try:
+        body = storage.read(key)
+    except KeyError:
+        findings.broken.append(f"{checkpoint.id} serves what is not there: {key}")
+        return
+    if hashlib.sha256(body).hexdigest() != checkpoint.weights_sha256:
+        findings.broken.append(f"{checkpoint.id} serves bytes that are not those of its row")
 
 
 def _referenced(session: Session, jobs: Iterable[Job]) -> tuple[set[str], set[str]]:

@@ -25,10 +25,11 @@ from tests.chaos.processes import Kept
 from tests.relays import Weather
 from worker.celery_app import RUN_TASK, make_app
 
-__all__ = ["CATALOGUE", "Broken", "Fault", "plan"]
+__all__ = ["CATALOGUE", "DRAIN_SECONDS", "Broken", "Fault", "plan", "spares"]
 
 PREY_SECONDS = 6.0  # how long a fault waits for a runner to break
 DRAIN_SECONDS = 60.0  # what a drain may take (docs/guarantees.md)
+FORCED = 1  # the exit status of a worker whose drain took too long
 DATABASE_TRIES = 5
 
 
@@ -38,6 +39,7 @@ class Broken:
 
     worker_kills: list[tuple[float, list[str]]] = field(default_factory=list)  # wall time, jobs that it held
     drains: list[float] = field(default_factory=list)  # seconds from SIGTERM to the end
+    drains_forced: int = 0  # that the worker itself broke off, its time being over
     drains_cut: int = 0  # that had to be killed
     broker_outages: list[tuple[float, float]] = field(default_factory=list)  # wall times: gone, back
 
@@ -123,6 +125,7 @@ def drain_one(group: Callable[[Fleet], list[Kept]]) -> Act:
             return False
         if victim.wait_end(pid, DRAIN_SECONDS):
             broken.drains.append(time.monotonic() - before)
+            broken.drains_forced += victim.ends.get(pid) == FORCED
         else:
             broken.drains_cut += 1
             victim.send(signal.SIGKILL)
@@ -280,15 +283,23 @@ def kill_store(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
 def fill_disk(fleet: Fleet, draw: random.Random, broken: Broken) -> bool:
     """Fill the small disk of the last worker, through the eyes of that process."""
     folder = Path(f"/proc/{fleet.workers[-1].pid}/root{fleet.small_disk}")
-    filler = folder / "filler"
     try:
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
+        if folder.stat().st_dev == fleet.folder.stat().st_dev:  # its disk is not mounted yet: this is the machine's own
+            return False
+        there = os.open(folder, os.O_RDONLY)  # whatever becomes of the process, this folder
+    except OSError:  # the worker was gone, and its disk with it
+        return False
+    try:
+        filler = os.open("filler", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=there)
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
             while file.write(bytes(2**20)):
                 pass
         time.sleep(draw.uniform(1, 5))
-        filler.unlink()
-    except OSError:  # the worker was gone, and its disk with it
+        os.unlink("filler", dir_fd=there)
+    except OSError:
         return False
+    finally:
+        os.close(there)
     return True
 
 
@@ -346,10 +357,22 @@ CATALOGUE: dict[str, Kind] = {
 }
 
 
+def spares(fleet: Fleet, seed: int, count: int, only: Collection[str] = ()) -> list[Fault]:
+    """Further faults of kinds that are drawn by weight."""
+    draw = random.Random(f"spares {seed}")
+    possible = _possible(fleet, only)
+    drawn = draw.choices(list(possible), [kind.weight for kind in possible.values()], k=count)
+    return [Fault(kind, draw.getrandbits(32)) for kind in drawn]
+
+
+def _possible(fleet: Fleet, only: Collection[str]) -> dict[str, Kind]:
+    return {name: kind for name, kind in CATALOGUE.items() if kind.possible(fleet) and (not only or name in only)}
+
+
 def plan(fleet: Fleet, seed: int, count: int, only: Collection[str] = ()) -> list[Fault]:
     """So many faults: each kind once where there is room, the rest by weight, in an order of the seed's."""
     draw = random.Random(f"plan {seed}")
-    possible = {name: kind for name, kind in CATALOGUE.items() if kind.possible(fleet) and (not only or name in only)}
+    possible = _possible(fleet, only)
     names = [name for name, kind in possible.items() if kind.weight or count >= len(possible)]
     draw.shuffle(names)
     drawn = names[:count]

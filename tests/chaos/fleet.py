@@ -53,6 +53,7 @@ class Shape:
             "FORGETD_CANCEL_GRACE_SECONDS": "2",
             "FORGETD_DRAIN_GRACE_SECONDS": "15",
             "FORGETD_RUNNER_SILENCE_SECONDS": "20",
+            "FORGETD_STORE_PATIENCE_SECONDS": "5",
             "FORGETD_INFRASTRUCTURE_BUDGET": str(self.infrastructure_budget),
             "FORGETD_TENANT_OPEN_JOBS": "1000000",
         }

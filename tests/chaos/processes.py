@@ -75,7 +75,7 @@ class Kept:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self.starts = 0
+        self.ends: dict[int, int] = {}  # exit statuses, by pid
         self._command, self._environment = list(command), dict(environment)
         self._leaving = threading.Event()
         self._process = self._start()
@@ -125,7 +125,6 @@ class Kept:
         self._keeper.join()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.starts += 1
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 self._command,
@@ -139,7 +138,7 @@ class Kept:
 
     def _keep(self) -> None:
         while True:
-            self._process.wait()
+            self.ends[self._process.pid] = self._process.wait()
             if self._leaving.wait(AGAIN_SECONDS):
                 return
             self._process = self._start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from services.settings import Settings
 from services.storage import ObjectStorage
 from services.tables import Checkpoint, ImageSet, Job, JobEvent
 from services.tenancy import Caller
-from tests.chaos.audit import Findings, audit, leftovers_of_processes, unsettled
+from tests.chaos.audit import Findings, Unsettled, audit, leftovers_of_processes, unsettled
 from tests.chaos.callers import Promised
 from tests.chaos.figures import overlap
 from tests.worker.helpers import Jobs
@@ -77,7 +78,7 @@ def test_a_promise_that_was_kept_is_not_found_broken(scene: Scene) -> None:
     findings = scene.audit()
 
     assert vars(findings) == vars(Findings())
-    assert unsettled(scene.jobs.database) == []
+    assert unsettled(scene.jobs.database).count == 0
 
 
 def _lose(scene: Scene) -> None:
@@ -241,8 +242,7 @@ def test_a_job_that_nobody_swept_behind_is_not_settled(scene: Scene) -> None:
     with scene.jobs.database.transaction() as session:
         session.execute(text("UPDATE jobs SET swept_at = NULL"))
 
-    (waiting,) = unsettled(scene.jobs.database)
-    assert scene.job_id in waiting
+    assert unsettled(scene.jobs.database) == Unsettled([], [scene.job_id])
 
 
 def test_photos_that_nobody_erased_are_not_settled(scene: Scene) -> None:
@@ -250,7 +250,7 @@ def test_photos_that_nobody_erased_are_not_settled(scene: Scene) -> None:
     with scene.jobs.database.transaction() as session:
         session.execute(update(ImageSet).where(ImageSet.id == image_set).values(expires_at=func.now()))
 
-    assert any(image_set in waiting for waiting in unsettled(scene.jobs.database))
+    assert unsettled(scene.jobs.database) == Unsettled([], [scene.job_id, image_set])
 
 
 def test_a_runner_and_a_folder_that_outlive_their_attempt_are_found(tmp_path: Path) -> None:
@@ -284,3 +284,32 @@ def test_runners_of_one_job_are_seen_beside_each_other(
         (tmp_path / str(number)).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     assert overlap(tmp_path) == seconds
+
+
+@pytest.mark.parametrize(
+    ("token", "body", "found"),
+    [
+        (1, b"weights", []),
+        (1, b"others", ["serves bytes that are not those of its row"]),
+        (1, None, ["serves what is not there"]),
+        (2, b"weights", ["was ended by token 1"]),
+    ],
+)
+def test_weights_that_are_not_those_of_a_checkpoint_are_found(
+    scene: Scene, token: int, body: bytes | None, found: list[str]
+) -> None:
+    jobs = scene.jobs
+    job = jobs.row(jobs.queue(kind="import"))
+    key = object_keys.attempt_prefix(jobs.tenant_id, job.id, token) + "tamed.safetensors"
+    if body is not None:
+        jobs.storage.put(key, body, media_type="application/octet-stream")
+    weights = {"weights_key": key, "weights_sha256": hashlib.sha256(b"weights").hexdigest(), "weights_bytes": 7}
+    with jobs.database.transaction() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(fencing_token=1))
+        ready = update(Checkpoint).where(Checkpoint.id == job.checkpoint_id)
+        session.execute(ready.values(status="ready", **weights))
+    scene.promised.checkpoints.add(job.checkpoint_id)
+
+    told = [it for sentences in vars(scene.audit()).values() for it in sentences if it.startswith(job.checkpoint_id)]
+
+    assert [words in sentence for words, sentence in zip(found, told, strict=True)] == [True] * len(found)
