@@ -23,7 +23,8 @@ QUEUES_RENAMED = {"cpu.convert": "cpu"}
 def lose(session: Session, claim: Claim, *, why: str, budget: int) -> str | None:
     """The runner died without a word: back to the queue within the budget, sooner than the reaper would.
 
-    Returns the new status (queued, failed, cancelled), or None when the token is stale.
+    Returns the new status (queued, failed, cancelled), or None when the token is stale. ``why`` is shown to the job's
+    owner and kept as long as the job: no word of a caller's belongs in it.
     """
     row = session.scalar(select(Job).where(leases.fenced(claim.job_id, claim.token)).with_for_update())
     if row is None:
@@ -106,11 +107,13 @@ def _give_back(
         return "failed"
     losses = job.infrastructure_losses + 1
     if losses > budget:
+        last = f"; the last time: {data['why']}" if data.get("why") else ""
         problem = {
             "type": "urn:forgetd:problem:attempts-exhausted",
-            "title": "The job lost its worker too often",
+            "title": "Too many attempts at the job were lost",
             "detail": (
-                f"{losses} attempts ended without a result, more than the budget of {budget}. Nothing was published."
+                f"{losses} attempts ended without a result, more than the budget of {budget}{last}. "
+                "Nothing was published."
             ),
         }
         leases.fail(session, held, reason="attempts_exhausted", problem=problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,9 @@ SLOW_DOWN = 429
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 TRIES = 5
-PING_SECONDS = 5
+PROBE_SECONDS = 5
+PROBES = "probes/"  # beside the tenants': an object of each host that had to ask
+PROBE = b"Can this be read?\n"
 
 
 def file_sha256(path: Path) -> str:
@@ -54,6 +57,10 @@ class Stopped(Exception):
 
 def _always() -> bool:
     return True
+
+
+def _to_nobody(_: int) -> None:
+    pass
 
 
 class ObjectStorage:
@@ -109,13 +116,23 @@ class ObjectStorage:
         """Raise unless the bucket answers."""
         self._client.head_bucket(Bucket=self.bucket)
 
-    def ping_once(self) -> None:
-        """Raise unless the bucket answers, within seconds. It leaves ``moved_at``: who asks is not at work."""
-        self._pinger.head_bucket(Bucket=self.bucket)
+    def probe(self) -> None:
+        """Raise unless a small object can be written and read back, within seconds and in one try of each.
+
+        A bucket may well answer while none of its objects does: it is another server's, or needs fewer disks. The key
+        and the bytes are a host's own and always the same: nothing piles up, and two who ask at once agree. It leaves
+        ``moved_at``: who asks is not at work.
+        """
+        key = f"{PROBES}{socket.gethostname()}"
+        self._prober.put_object(Bucket=self.bucket, Key=key, Body=PROBE, ContentType="text/plain")
+        body = self._prober.get_object(Bucket=self.bucket, Key=key)["Body"]
+        with body:
+            if body.read() != PROBE:
+                raise ConnectionError("the store gives back other bytes than were written")
 
     @cached_property
-    def _pinger(self) -> S3Client:
-        return self._connect(self._settings.s3_endpoint_url, read_seconds=PING_SECONDS, tries=1)
+    def _prober(self) -> S3Client:
+        return self._connect(self._settings.s3_endpoint_url, read_seconds=PROBE_SECONDS, tries=1)
 
     # Writing.
 
@@ -204,8 +221,17 @@ class ObjectStorage:
         with body:
             yield from body.iter_chunks(READ_BYTES)
 
-    def fetch(self, key: str, path: Path, *, going_on: Callable[[], bool] = _always) -> str | None:
+    def fetch(
+        self,
+        key: str,
+        path: Path,
+        *,
+        going_on: Callable[[], bool] = _always,
+        arrived: Callable[[int], object] = _to_nobody,
+    ) -> str | None:
         """Copy an object into a file. Its SHA-256 where it was written as a file (``put_file`` and its kin).
+
+        ``arrived`` is told, all along, how many bytes are here: fewer than before where a part is asked for again.
 
         Raises:
             KeyError: there is none.
@@ -226,8 +252,9 @@ class ObjectStorage:
                                 raise Stopped(key)
                             self._moved()
                             file.write(chunk)
+                            arrived(file.tell())
                     return written
-            asking = _Asking(going_on, self._moved)
+            asking = _Asking(going_on, self._moved, arrived)
             with TransferManager(self._client, TransferConfig()) as manager:
                 _result(manager.download(self.bucket, key, str(path), None, [asking]), key)
             if asking.passed != length:  # a part that is short leaves a hole, which nobody looks for
@@ -332,15 +359,18 @@ class _Faults:
 class _Asking(BaseSubscriber):
     """Stops a transfer once its owner does not want it any more; of an upload in parts the store then drops them."""
 
-    def __init__(self, going_on: Callable[[], bool], moved: Callable[[], None]) -> None:
-        self._going_on, self._moved = going_on, moved
+    def __init__(
+        self, going_on: Callable[[], bool], moved: Callable[[], None], arrived: Callable[[int], object] = _to_nobody
+    ) -> None:
+        self._going_on, self._moved, self._arrived = going_on, moved, arrived
         self._lock = threading.Lock()
         self.passed = 0  # bytes; what is asked for again counts once
 
     def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
         """Called as bytes pass, before the last part is through."""
         with self._lock:  # by several threads at once
-            self.passed += bytes_transferred
+            self.passed += bytes_transferred  # negative, where a part is asked for again
+            self._arrived(self.passed)
         self._moved()
         if not self._going_on():
             future.cancel()

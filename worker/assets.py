@@ -232,25 +232,38 @@ def fetch(
     *,
     going_on: Callable[[], bool],
     headway: Headway | None = None,
+    refused_too: bool = False,
 ) -> dict[str, str]:
     """Fetch what earlier attempts at a job left, and the newest assets of its checkpoint, each checked.
 
     One that cannot be had is left out. A damaged one of the checkpoint is erased too, so that it can be written anew;
     one of the job's own may just have been replaced while it was read, and will be in any case. Safe to repeat. Errors
     of a store that is away rise (``worker.patience.store_away``), and ``Stopped`` in the middle of one, and no others.
+    With ``refused_too`` the former do not rise either: what they are about is left out.
 
     Returns:
         Their paths in the folder, by name.
     """
     (folder / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
     headway = headway or Headway()
-    found = _found(storage, claim)
+    try:
+        found = _found(storage, claim)
+    except Exception as error:
+        if not (refused_too and store_away(error)):
+            raise
+        logger.warning("%s attempt %d: no assets (%s)", claim.job_id, claim.attempt, type(error).__name__)
+        return {}
     paths = {name: f"{FOLDER}/{name}.safetensors" for name in found}
 
     def here(name: str) -> bool:
         if not going_on():
             return False
-        return _fetch_one(storage, claim, found[name], folder / paths[name], headway.along(name, going_on))
+        try:
+            return _fetch_one(storage, claim, found[name], folder / paths[name], going_on, headway.along(name))
+        except Exception as error:
+            if not (refused_too and store_away(error)):
+                raise
+            return _left_out(claim, type(error).__name__)
 
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
         return {
@@ -286,10 +299,17 @@ def _found(storage: ObjectStorage, claim: Claim) -> dict[str, _Found]:
     return found
 
 
-def _fetch_one(storage: ObjectStorage, claim: Claim, asset: _Found, path: Path, going_on: Callable[[], bool]) -> bool:
+def _fetch_one(
+    storage: ObjectStorage,
+    claim: Claim,
+    asset: _Found,
+    path: Path,
+    going_on: Callable[[], bool],
+    arrived: Callable[[int], None],
+) -> bool:
     why = "damaged"
     try:
-        if storage.fetch(asset.key, path, going_on=going_on) == file_sha256(path):
+        if storage.fetch(asset.key, path, going_on=going_on, arrived=arrived) == file_sha256(path):
             return True
         path.unlink()
         if not asset.own:
@@ -299,5 +319,9 @@ def _fetch_one(storage: ObjectStorage, claim: Claim, asset: _Found, path: Path, 
             raise
         path.unlink(missing_ok=True)
         why = type(error).__name__
+    return _left_out(claim, why)
+
+
+def _left_out(claim: Claim, why: str) -> bool:
     logger.warning("%s attempt %d: an asset is left out (%s)", claim.job_id, claim.attempt, why)
     return False

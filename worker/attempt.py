@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from services.database import Database
 from services.leases import Claim
@@ -30,7 +30,15 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 STATE_WAIT_SECONDS = 0.5
 SIGNAL_SPREAD_SECONDS = 1.0
+T = TypeVar("T")
+
 SILENCE = Ending("lost", why="the database did not answer for a whole lease")
+CUT_OFF = Ending("released", why="the store did not answer this worker")
+REFUSED = Ending("lost", why="the store answers and keeps refusing what the job reads")
+
+
+class CutOff(GaveUp):
+    """The store stayed away from all of this worker."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,11 @@ class Attempt:
         except inputs.InputMissing as error:
             told = problem("input-missing", "An input of the job is gone", str(error), pointer=error.pointer)
             return Ending.failed("user_error", told)
-        except StayedAway:
-            return self._interrupted(self._without_inputs())
+        except CutOff:  # another may reach it, or have credentials that it takes
+            self._worker.cut_off.set()
+            return self._interrupted(CUT_OFF)
+        except StayedAway:  # every host would meet that, for ever, were it not counted
+            return self._interrupted(REFUSED)
         except (GaveUp, Stopped):
             return self._interrupted()
         if ending.artifacts is None:
@@ -92,49 +103,76 @@ class Attempt:
         return patiently(look_up, away=database_away, going_on=self._going_on, what=f"{self._claim.job_id}: inputs")
 
     def _fetch(self, plan: inputs.Plan) -> None:
-        headway = Headway()
-        resumable = patiently(
-            lambda: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on, headway=headway),
-            away=store_away,
-            going_on=self._going_on,
-            what=f"{self._claim.job_id}: inputs",
-            pause=self._worker.drain,
-            within=self._settings.store_patience_seconds,
-            headway=headway,
+        self._from_store(
+            "inputs",
+            lambda headway: inputs.fetch(self._storage, plan, self._folder, going_on=self._going_on, headway=headway),
         )
         if not self._going_on():
             raise GaveUp
-        if self._claim.resume is not None and not resumable:
-            logger.warning("%s attempt %d: its state is gone or damaged; starting from the beginning", *self._name())
-        job = {**plan.job, "resume": inputs.STATE} if resumable else plan.job
+        job = plan.job
+        if plan.resume is not None and self._fetch_state(plan.resume):
+            job = {**job, "resume": inputs.STATE}
         if "fisher" in job["inputs"]:
             job = {**job, "inputs": {**job["inputs"], "fisher": self._fetch_assets()}}
         inputs.write_job(self._folder, job)
 
-    def _fetch_assets(self) -> dict[str, str]:
-        headway = Headway()
-        return patiently(
-            lambda: assets.fetch(self._storage, self._claim, self._folder, going_on=self._going_on, headway=headway),
-            away=store_away,
-            going_on=self._going_on,
-            what=f"{self._claim.job_id}: assets",
-            pause=self._worker.drain,
-            within=self._settings.store_patience_seconds,
-            headway=headway,
-        )
+    def _fetch_state(self, state: inputs.Input) -> bool:
+        """False where there is none to be had: without it the job starts from the beginning."""
 
-    def _without_inputs(self) -> Ending:
-        """Where the store stayed away. Nothing is computed yet.
+        def fetch(headway: Headway) -> bool:
+            return inputs.fetch_state(self._storage, state, self._folder, going_on=self._going_on, headway=headway)
 
-        From all of this host, and another may reach it, or have credentials that it takes; or from this job alone, and
-        then every host would meet that, for ever, were it not counted.
-        """
         try:
-            self._storage.ping_once()
-        except Exception:
-            self._worker.cut_off.set()
-            return Ending("released", why="the store did not answer this worker")
-        return Ending("lost", why="the store answers and keeps refusing what the job reads")
+            if self._from_store("state", fetch):
+                return True
+            why = "gone or damaged"
+        except StayedAway:
+            why = "refused"
+        logger.warning("%s attempt %d: its state is %s; starting from the beginning", *self._name(), why)
+        return False
+
+    def _fetch_assets(self) -> dict[str, str]:
+        """As many as there are to be had: without one the job works it out itself."""
+
+        def fetch(headway: Headway, *, refused_too: bool = False) -> dict[str, str]:
+            return assets.fetch(
+                self._storage,
+                self._claim,
+                self._folder,
+                going_on=self._going_on,
+                headway=headway,
+                refused_too=refused_too,
+            )
+
+        try:
+            return self._from_store("assets", fetch)
+        except StayedAway:
+            return fetch(Headway(), refused_too=True)
+
+    def _from_store(self, what: str, fetch: Callable[[Headway], T]) -> T:
+        """Wait for the store as long as an attempt waits that has nothing to save yet.
+
+        Raises:
+            StayedAway: it stayed away, and it is there: what it refuses is this.
+            CutOff: it stayed away.
+        """
+        headway = Headway()
+        try:
+            return patiently(
+                lambda: fetch(headway),
+                away=store_away,
+                going_on=self._going_on,
+                what=f"{self._claim.job_id}: {what}",
+                pause=self._worker.drain,
+                within=self._settings.store_patience_seconds,
+                headway=headway,
+            )
+        except StayedAway as refused:
+            try:
+                self._storage.probe()
+            except Exception:
+                raise CutOff(what) from refused
+            raise
 
     def _supervise(self) -> Ending:
         # Loading its libraries takes the runner as long as we take to fetch; where it reads a hostile file, it is to

@@ -22,7 +22,7 @@ from services.tables import Checkpoint, Classifier, ImageSet
 from worker.judges import Judges
 from worker.patience import Headway
 
-__all__ = ["InputMissing", "Plan", "fetch", "plan", "write_job"]
+__all__ = ["InputMissing", "Plan", "fetch", "fetch_state", "plan", "write_job"]
 
 FETCHES_AT_ONCE = 8
 WEIGHTS = "inputs/checkpoint.safetensors"
@@ -261,15 +261,14 @@ def fetch(
     *,
     going_on: Callable[[], bool] = lambda: True,
     headway: Headway | None = None,
-) -> bool:
-    """Fetch everything, several files at once, each checked against its digest. Whether there is a state to resume.
+) -> None:
+    """Fetch what the job cannot do without, several files at once, each checked against its digest.
 
     Of the same `headway` in each try, whoever repeats this learns whether it got any further. Once `going_on` says no,
     nothing more is asked for, and what is on its way stops; the first file that fails ends
     the others' waiting too.
 
-    Safe to repeat: files that are there and right are kept. A state that is gone or damaged is left out, so that the
-    attempt starts from the beginning; nothing else may be.
+    Safe to repeat: files that are there and right are kept.
 
     Raises:
         InputMissing: an object is gone, or is not what was uploaded.
@@ -279,32 +278,38 @@ def fetch(
     headway = headway or Headway()
 
     def fetch_one(wanted: Input) -> None:
-        _fetch_one(storage, wanted, folder, headway.along(wanted.path, going_on))
+        _fetch_one(storage, wanted, folder, going_on, headway)
 
     with ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
         try:
             for done in as_completed([pool.submit(fetch_one, wanted) for wanted in plan.files]):
                 done.result()
                 if not going_on():
-                    return False
+                    return
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    if plan.resume is None:
-        return False
+
+
+def fetch_state(
+    storage: ObjectStorage, state: Input, folder: Path, *, going_on: Callable[[], bool], headway: Headway
+) -> bool:
+    """Fetch what an earlier attempt saved, as ``fetch`` does. False: it is gone or damaged."""
     try:
-        fetch_one(plan.resume)
+        _fetch_one(storage, state, folder, going_on, headway)
     except InputMissing:
         return False
     return True
 
 
-def _fetch_one(storage: ObjectStorage, wanted: Input, folder: Path, going_on: Callable[[], bool]) -> None:
+def _fetch_one(
+    storage: ObjectStorage, wanted: Input, folder: Path, going_on: Callable[[], bool], headway: Headway
+) -> None:
     path = folder / wanted.path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and file_sha256(path) == wanted.sha256:
         return
     try:
-        storage.fetch(wanted.key, path, going_on=going_on)
+        storage.fetch(wanted.key, path, going_on=going_on, arrived=headway.along(wanted.path))
     except KeyError as error:
         told = "A file that the job reads is not in the store any more; upload it again."
         raise InputMissing(told, pointer=wanted.pointer) from error

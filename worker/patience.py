@@ -34,7 +34,7 @@ class StayedAway(GaveUp):
 
 
 class Headway:
-    """How far transfers have come, over all tries at them: what is sent once more is none.
+    """How far transfers have come, in bytes and over all tries at them: what is sent once more is none.
 
     Else a server that breaks off at the same place each time would be waited for without end.
     """
@@ -43,19 +43,15 @@ class Headway:
         self.steps = 0
         self._furthest: dict[str, int] = {}
 
-    def along(self, name: str, going_on: Callable[[], bool]) -> Callable[[], bool]:
-        """``going_on`` for one try at this transfer, which asks it as bytes pass."""
-        passed = 0
+    def along(self, name: str) -> Callable[[int], None]:
+        """To be told, all along a try at this transfer, how many of its bytes are here."""
 
-        def asked() -> bool:
-            nonlocal passed
-            passed += 1
-            if passed > self._furthest.get(name, 0):
-                self._furthest[name] = passed
+        def arrived(count: int) -> None:
+            if count > self._furthest.get(name, 0):
+                self._furthest[name] = count
                 self.steps += 1
-            return going_on()
 
-        return asked
+        return arrived
 
 
 def database_away(error: BaseException) -> bool:

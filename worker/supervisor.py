@@ -129,7 +129,7 @@ class Supervisor:
             return f"the disk of the scratch folder is full ({free} bytes left)"
         if self._cut_off.is_set():
             try:
-                self._storage.ping_once()
+                self._storage.probe()
             except Exception as error:
                 return f"the store does not answer ({type(error).__name__})"
             logger.info("the store answers again")

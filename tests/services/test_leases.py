@@ -126,9 +126,9 @@ class Protocol:
         with self.database.transaction() as session:
             return leases.retry_smaller(session, claim)
 
-    def lose(self, claim: Claim, budget: int = 5) -> str | None:
+    def lose(self, claim: Claim, budget: int = 5, why: str = "signal 9") -> str | None:
         with self.database.transaction() as session:
-            return reaper.lose(session, claim, why="signal 9", budget=budget)
+            return reaper.lose(session, claim, why=why, budget=budget)
 
     def progress(self, claim: Claim) -> bool:
         with self.database.transaction() as session:
@@ -341,6 +341,20 @@ def test_a_runner_that_keeps_dying_is_given_pauses_and_then_up(protocol: Protoco
 
     assert outcomes == ["queued", "queued", "failed"]
     assert waits == [False, True, True]
+
+
+def test_the_last_loss_is_told_where_it_is_known(protocol: Protocol) -> None:
+    dies, falls_silent = protocol.queue(), protocol.queue()
+    for why in ("exit 137", "signal 9"):
+        protocol.lose(protocol.claimed(dies), budget=1, why=why)
+    protocol.claimed(falls_silent)
+    protocol.expire(falls_silent)
+    protocol.reap(budget=0)
+
+    assert [(protocol.row(job_id).problem or {})["detail"] for job_id in (dies, falls_silent)] == [
+        "2 attempts ended without a result, more than the budget of 1; the last time: signal 9. Nothing was published.",
+        "1 attempts ended without a result, more than the budget of 0. Nothing was published.",
+    ]
 
 
 def test_pauses_between_lost_attempts_double_up_to_a_minute(protocol: Protocol) -> None:

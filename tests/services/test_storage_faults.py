@@ -320,6 +320,33 @@ def test_an_object_in_parts_comes_whole_or_not_at_all(
     assert through.fetch("big", tmp_path / "fetched") == stored.sha256 == file_sha256(tmp_path / "fetched")
 
 
+def test_bytes_of_a_part_that_is_asked_for_again_have_not_arrived(
+    relay: BreakingRelay, through: ObjectStorage, storage: ObjectStorage, big: Path, tmp_path: Path
+) -> None:
+    big.write_bytes(big.read_bytes()[: PART_BYTES + 5])
+    storage.put_file("big", big)
+    piece = bytes(600 * 2**10)  # of which s3transfer sees two chunks
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-8388607/8388613\r\nTransfer-Encoding: chunked\r\n"
+    broken = head + b"\r\n%x\r\n%s\r\nno length\r\n" % (len(piece), piece)
+    asked: list[bytes] = []
+
+    def instead(head: bytes) -> bytes | None:
+        if b"bytes=0-8388607" not in head:
+            return None
+        asked.append(head)
+        return broken
+
+    relay.instead = instead
+    counts: list[int] = []
+
+    with pytest.raises(Exception) as failed:  # noqa: PT011 which, is asked below
+        through.fetch("big", tmp_path / "fetched", arrived=counts.append)
+
+    assert store_away(failed.value)
+    assert len(asked) > 2
+    assert 0 < max(counts) <= len(piece) + 5
+
+
 def test_a_part_that_is_shorter_than_asked_for_leaves_no_hole(
     relay: BreakingRelay, through: ObjectStorage, storage: ObjectStorage, big: Path, tmp_path: Path
 ) -> None:

@@ -9,15 +9,15 @@ from worker.patience import TRIES_AT_LEAST, Headway, StayedAway, patiently
 
 
 class Transfer:
-    """Passes so many chunks in each try and breaks off; whole at the end."""
+    """Comes so many bytes far in each try and breaks off; whole at the end."""
 
     def __init__(self, *tries: int) -> None:
         self.headway, self._left = Headway(), list(tries)
 
     def __call__(self) -> str:
-        going_on = self.headway.along("file", lambda: True)
-        for _ in range(self._left.pop(0)):
-            assert going_on()
+        arrived = self.headway.along("file")
+        for count in range(1, self._left.pop(0) + 1):
+            arrived(count)
         if self._left:
             raise ConnectionError
         return "whole"
@@ -51,9 +51,17 @@ def test_bytes_that_had_passed_before_are_no_headway() -> None:
         fetch(Transfer(*[7] * (TRIES_AT_LEAST + 1), 9))
 
 
+def test_bytes_that_are_asked_for_again_within_a_try_are_no_headway() -> None:
+    arrived = (headway := Headway()).along("file")
+    for count in (5, 8, 3, 5, 8, 3, 8):  # the part behind the third always breaks off
+        arrived(count)
+
+    assert headway.steps == 2
+
+
 def test_other_files_have_a_way_of_their_own() -> None:
     headway = Headway()
     for name in ("one", "one", "another"):
-        headway.along(name, lambda: True)()
+        headway.along(name)(7)
 
     assert headway.steps == 2
