@@ -13,8 +13,8 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt $(BIN)/pip
 VOCABULARY := --no-deps open-clip-torch
 DOCKERFILES := Dockerfile Dockerfile.gpu
 COMPOSE_FILES := docker-compose.yml docker-compose.worker.yml
-# What `make chaos` runs; a longer one: make chaos CHAOS='--jobs 10000 --faults 1000 --seconds 3000 --pace 0.2'
-CHAOS ?= --jobs 200 --faults 120 --seed 1
+# What `make chaos` runs; a longer one: make chaos CHAOS='--jobs 10000 --faults 1000 --seconds 4300 --pace 0.1'
+CHAOS ?= --jobs 200 --faults 120 --seed 1 --pace 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test chaos check lint types imports containers bench clean
