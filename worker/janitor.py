@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from botocore.exceptions import BotoCoreError, ClientError
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, select, tuple_, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -41,27 +42,41 @@ def sweep(database: Database, storage: ObjectStorage) -> int:
     passed_sets: set[str] = set()
     done = _erase_sets(database, storage, passed_sets)
     unswept = Job.finished_at.is_not(None) & Job.swept_at.is_(None)
-    passed: set[str] = set()
+    walk = _Walk()
     for _ in range(SWEEP_AT_ONCE):
-        if _sweep_one(database, storage, unswept, passed) is None:
+        if _sweep_one(database, storage, unswept, walk) is None:
             break
         done += 1
     return done + _erase_sets(database, storage, passed_sets)  # of the jobs that have just been swept
 
 
-def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bool], passed: set[str]) -> int | None:
-    """Sweep behind the job that ended first of those that are due and not ``passed``. Returns how many objects went.
+@dataclass
+class _Walk:
+    """One turn over jobs in the order in which they ended: each is met once, whatever becomes of it."""
 
-    Jobs that the store or the database refuses, or that another janitor is at, join ``passed``. None once no other job
-    is due.
+    last: tuple[datetime, str] | None = None
+
+    def next(self, session: Session, due: ColumnElement[bool]) -> str | None:
+        """The job that ended first of those that are due and were not met yet."""
+        jobs = select(Job.finished_at, Job.id).where(due).order_by(Job.finished_at, Job.id).limit(1)
+        if self.last is not None:
+            jobs = jobs.where(Job.finished_at >= self.last[0], tuple_(Job.finished_at, Job.id) > tuple_(*self.last))
+        if (row := session.execute(jobs).first()) is None:
+            return None
+        self.last = row.finished_at, row.id
+        return str(row.id)
+
+
+def _sweep_one(database: Database, storage: ObjectStorage, due: ColumnElement[bool], walk: _Walk) -> int | None:
+    """Sweep behind the next job that is due. Returns how many objects went; None once no other job is due.
+
+    Jobs that the store or the database refuses, or that another janitor is at, are left for another turn.
     """
-    oldest = select(Job.id).where(due).order_by(Job.finished_at).limit(1)
     while True:
         with database.transaction() as session:
-            job_id = session.scalar(oldest.where(Job.id.not_in(passed)))
+            job_id = walk.next(session, due)
         if job_id is None:
             return None
-        passed.add(job_id)
         try:
             gone = _sweep_behind(database, storage, due, job_id)
         except FAULTS_OF_A_ROW as error:
@@ -191,9 +206,9 @@ def _tolerated(what: str, remove: Callable[[], int]) -> int:
 def _sweep_again(database: Database, storage: ObjectStorage, stale: timedelta) -> int:
     """Sweep the jobs again that ended so long ago that no stale attempt of theirs writes any more."""
     due = swept_early() & (Job.finished_at < func.clock_timestamp() - stale)
-    passed: set[str] = set()
+    walk = _Walk()
     gone = 0
-    while (swept := _sweep_one(database, storage, due, passed)) is not None:
+    while (swept := _sweep_one(database, storage, due, walk)) is not None:
         gone += swept
     return gone
 

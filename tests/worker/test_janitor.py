@@ -421,3 +421,14 @@ def test_idempotency_records_go_after_a_day(jobs: Jobs, storage: ObjectStorage) 
 
     with jobs.database.transaction() as session:
         assert list(session.scalars(select(IdempotencyRecord.key))) == ["young"]
+
+
+def test_jobs_that_ended_at_the_same_moment_are_all_swept(jobs: Jobs) -> None:
+    ids = [jobs.queue() for _ in range(3)]
+    with jobs.database.transaction() as session:
+        ended = {"status": "failed", "finished_at": datetime.now(UTC)}
+        session.execute(update(Job).where(Job.id.in_(ids)).values(**ended))
+
+    janitor.sweep(jobs.database, jobs.storage)
+
+    assert all(jobs.row(job_id).swept_at is not None for job_id in ids)
