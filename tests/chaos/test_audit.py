@@ -125,6 +125,11 @@ def _leave_what_a_lost_attempt_wrote(scene: Scene) -> None:
     scene.change(infrastructure_losses=1, finished_at=later, swept_at=later)
 
 
+def _end_as_no_report_says(scene: Scene) -> None:
+    scene.change(seed=199)  # of a job that the real runner runs
+    scene.promised.jobs[scene.job_id] = 199
+
+
 def _overrule_what_was_told(scene: Scene) -> None:
     scene.promised.told[scene.job_id] = "cancelled"
 
@@ -215,6 +220,7 @@ def _end_otherwise(scene: Scene) -> None:
         (_end_otherwise, "broken"),
         (_give_up_early, "broken"),
         (_leave_what_a_lost_attempt_wrote, "orphans"),
+        (_end_as_no_report_says, "broken"),
         (_overrule_what_was_told, "broken"),
         (_lose_a_checkpoint, "lost"),
         (_leave_a_checkpoint, "broken"),
