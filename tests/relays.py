@@ -14,7 +14,17 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-__all__ = ["AskingRelay", "Connection", "DatabaseRelay", "Relay", "RelayThread", "StoreRelay", "Weather", "relaying"]
+__all__ = [
+    "AskingRelay",
+    "Connection",
+    "DatabaseRelay",
+    "LosingRelay",
+    "Relay",
+    "RelayThread",
+    "StoreRelay",
+    "Weather",
+    "relaying",
+]
 
 CHUNK = 65536
 Weather = Literal["fair", "refusing", "slow", "crawling", "truncating", "gone"]
@@ -257,6 +267,20 @@ class AskingRelay(Relay):
             return data
         connection.near.write(answer)
         return None
+
+
+class LosingRelay(Relay):
+    """A proxy that takes what it is sent, after it lost the server behind it, and says so to nobody."""
+
+    _lost: frozenset[Connection] = frozenset()
+    silent = False  # all of it, new connections too
+
+    def lose(self) -> None:
+        """The server behind every connection that there is; new ones find another."""
+        self._lost = frozenset(self._connections)
+
+    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
+        return b"" if self.silent or connection in self._lost else data
 
 
 AnyRelay = TypeVar("AnyRelay", bound=Relay)

@@ -26,12 +26,11 @@ from worker.states import StateKeeper
 __all__ = ["Attempt", "Shared"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 STATE_WAIT_SECONDS = 0.5
 SIGNAL_SPREAD_SECONDS = 1.0
-T = TypeVar("T")
-
 SILENCE = Ending("lost", why="the database did not answer for a whole lease")
 CUT_OFF = Ending("released", why="the store did not answer this worker")
 REFUSED = Ending("lost", why="the store answers and keeps refusing what the job reads")

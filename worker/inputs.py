@@ -265,8 +265,7 @@ def fetch(
     """Fetch what the job cannot do without, several files at once, each checked against its digest.
 
     Of the same `headway` in each try, whoever repeats this learns whether it got any further. Once `going_on` says no,
-    nothing more is asked for, and what is on its way stops; the first file that fails ends
-    the others' waiting too.
+    nothing more is asked for, and what is on its way stops; the first file that fails ends the others' waiting too.
 
     Safe to repeat: files that are there and right are kept.
 

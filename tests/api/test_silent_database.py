@@ -18,25 +18,11 @@ from api.dependencies import Lookups
 from services.database import CONNECT_SECONDS, Database
 from services.settings import Settings
 from services.tenancy import NewKey
-from tests.relays import Connection, Relay, relaying
+from tests.relays import LosingRelay, relaying
 from tests.worker.helpers import eventually
 
 ANSWER_SECONDS = 1.0
 SLACK_SECONDS = 10.0  # of a loaded machine
-
-
-class LosingRelay(Relay):
-    """A proxy that takes what it is sent, after it lost the server behind it."""
-
-    _lost: frozenset[Connection] = frozenset()
-    silent = False
-
-    def lose(self) -> None:
-        """The server behind every connection that there is; new ones find another."""
-        self._lost = frozenset(self._connections)
-
-    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
-        return b"" if self.silent or connection in self._lost else data
 
 
 @pytest.fixture

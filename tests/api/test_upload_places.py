@@ -19,7 +19,7 @@ from services.tables import Tenant
 from services.tenancy import Caller, NewKey
 from services.uploads import PART_BYTES
 from tests.api.upload_steps import begin, begun, complete, send
-from tests.relays import AskingRelay, Commit, Connection, DatabaseRelay, Relay, relaying
+from tests.relays import UNAVAILABLE, AskingRelay, Commit, Connection, DatabaseRelay, Relay, relaying
 
 
 class LosingRelay(Relay):
@@ -128,8 +128,7 @@ def test_an_upload_whose_record_was_refused_takes_no_place(
     caller: Caller,
 ) -> None:
     client = serve(create_app(behind), api_key)
-    unavailable = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    relay.asked = lambda head: unavailable if head.startswith(b"PUT ") and b"source.upload" in head else None
+    relay.asked = lambda head: UNAVAILABLE if head.startswith(b"PUT ") and b"source.upload" in head else None
 
     answer = client.post("/checkpoints/uploads", json={"bytes": 5})
 

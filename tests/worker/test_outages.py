@@ -11,7 +11,7 @@ import pytest
 from services.database import Database
 from services.settings import Settings
 from tests.conftest import Servers
-from tests.relays import Connection, DatabaseRelay, Relay, relaying
+from tests.relays import DatabaseRelay, LosingRelay, relaying
 from tests.worker.helpers import PATIENCE_SECONDS, Jobs, alive, eventually, short_lease
 from worker.supervisor import Supervisor
 
@@ -86,30 +86,18 @@ def test_a_database_outage_longer_than_the_lease_kills_the_runner(
         assert done.result(PATIENCE_SECONDS) == "queued"
 
 
-class Forgetful(Relay):
-    """A proxy that lost its server and says so to nobody; what is connected from then on is whole."""
-
-    forgotten: frozenset[Connection] = frozenset()
-
-    def forget(self) -> None:
-        self.forgotten = frozenset(self._connections)
-
-    async def forward(self, data: bytes, connection: Connection) -> bytes | None:
-        return b"" if connection in self.forgotten else data
-
-
 @short_lease
 def test_a_lease_outlives_connections_that_say_nothing_any_more(
     settings: Settings, make_supervisor: Callable[..., Supervisor], jobs: Jobs
 ) -> None:
     job_id = jobs.queue(steps=140, step_seconds=0.05)
     url = settings.database_url.get_secret_value()
-    with relaying(Forgetful, url) as proxy, ThreadPoolExecutor(1) as pool:
+    with relaying(LosingRelay, url) as proxy, ThreadPoolExecutor(1) as pool:
         behind = Database(proxy.instead_of(url), answer_seconds=1.5 * settings.lease_ttl_seconds)
         done = pool.submit(make_supervisor(database=behind).run, job_id)
         eventually(jobs.at_step(job_id, 2))
 
-        proxy.forget()
+        proxy.lose()
 
         assert done.result(PATIENCE_SECONDS) == "succeeded"
         behind.close()

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from services import dispatch
 from services.database import Database
@@ -22,10 +23,10 @@ def listening(database: Database) -> list[str]:
 def test_the_end_of_the_process_waits_for_the_last_word(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     retire, asked, gate = dispatch.retire_worker, threading.Event(), threading.Event()
 
-    def slowly(*given: object) -> None:
+    def slowly(session: Session, worker: str) -> None:
         asked.set()
         gate.wait(PATIENCE_SECONDS)
-        retire(*given)  # type: ignore[arg-type]
+        retire(session, worker)
 
     monkeypatch.setattr(dispatch, "retire_worker", slowly)
     presence = Presence(database, "w", ["cpu"], 1)
